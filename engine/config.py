@@ -1,0 +1,167 @@
+"""Everything an engine can be told at start. Frozen: what may change while it runs is a BrownoutSetting.
+
+Each class checks itself; a bad value raises ConfigError with one sentence that names key, value and allowed values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work, in one sentence."""
+
+
+def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which weights to serve.
+
+    ``path`` is a Hugging Face directory (config.json, tokenizer, safetensors). With ``load_format`` "random" the
+    weights are drawn from ``seed`` and no safetensors are needed.
+    """
+
+    path: str
+    name: str = ""  # as clients call it; default: the directory's name
+    load_format: str = "safetensors"
+    seed: int = 0
+    dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's on a GPU
+    max_model_len: int | None = None  # tokens; default: the checkpoint's max_position_embeddings
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "model.path", self.path, "a Hugging Face model directory")
+        require(self.load_format in LOAD_FORMATS, "model.load_format", self.load_format, ", ".join(LOAD_FORMATS))
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
+        require(
+            self.max_model_len is None or self.max_model_len >= 1,
+            "model.max_model_len",
+            self.max_model_len,
+            "a positive number of tokens",
+        )
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+LOAD_FORMATS = ("safetensors", "random")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache. One block holds ``block_size`` tokens of one sequence, in every layer."""
+
+    block_size: int = 16
+    num_blocks: int | None = None  # default: what `memory_frac` of the device's free memory holds
+    memory_frac: float = 0.9
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.block_size >= 1 and self.block_size & (self.block_size - 1) == 0,
+            "cache.block_size",
+            self.block_size,
+            "a power of two",
+        )
+        require(self.num_blocks is None or self.num_blocks >= 2, "cache.num_blocks", self.num_blocks, "2 or more")
+        require(0 < self.memory_frac <= 1, "cache.memory_frac", self.memory_frac, "in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """One step computes at most ``max_num_batched_tokens`` tokens of at most ``max_num_seqs`` sequences.
+
+    Sizing: max_num_batched_tokens bounds the longest step, hence TPOT while a prompt is computed in chunks.
+    max_num_waiting bounds memory, not latency; about target TTFT x prefill throughput / mean prompt length.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_num_waiting: int = 4096
+
+    def __post_init__(self) -> None:
+        require(self.max_num_seqs >= 1, "scheduler.max_num_seqs", self.max_num_seqs, "1 or more")
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "scheduler.max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"at least max_num_seqs ({self.max_num_seqs})",
+        )
+        require(self.max_num_waiting >= 1, "scheduler.max_num_waiting", self.max_num_waiting, "1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class SloConfig:
+    """The promise: time to the first token (queue included) and mean time per later token."""
+
+    ttft_s: float = 1.0
+    tpot_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.ttft_s > 0, "slo.ttft_s", self.ttft_s, "a positive number of seconds")
+        require(self.tpot_s > 0, "slo.tpot_s", self.tpot_s, "a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class BrownoutConfig:
+    """What can be dimmed. Live limits (floor, ceiling, budgets) come from the controller, not from here.
+
+    ``ways``: which united experts to load; empty builds an engine that cannot dim at all.
+    ``united``: "auto" loads the artefact beside the model; "average" builds plain averages of the members at start,
+    a baseline no better than dropping the experts, for models whose output does not matter.
+    ``allow_unmeasured``: a ladder without measured quality losses may be climbed only if this says so by name.
+    """
+
+    ways: tuple[int, ...] = ()
+    united: str = "auto"
+    dimmer: str = "united"
+    ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
+    allow_unmeasured: bool = False
+    exempt_first: int = 2  # layers never dimmed
+    exempt_last: int = 2
+    protect: tuple[tuple[int, int], ...] = ()  # (layer, expert) pairs never dimmed
+    profile_repeats: int = 3  # step-time profile at start; 0: none, the governor learns while serving
+
+    def __post_init__(self) -> None:
+        require(all(w in WAYS for w in self.ways), "brownout.ways", list(self.ways), f"any of {list(WAYS)}")
+        require(len(set(self.ways)) == len(self.ways), "brownout.ways", list(self.ways), "no way twice")
+        require(self.united in UNITED_SOURCES, "brownout.united", self.united, ", ".join(UNITED_SOURCES))
+        require(self.dimmer in DIMMERS, "brownout.dimmer", self.dimmer, ", ".join(DIMMERS))
+        require(self.exempt_first >= 0, "brownout.exempt_first", self.exempt_first, "0 or more layers")
+        require(self.exempt_last >= 0, "brownout.exempt_last", self.exempt_last, "0 or more layers")
+        require(self.profile_repeats >= 0, "brownout.profile_repeats", self.profile_repeats, "0 or more")
+
+
+WAYS = (2, 4, 8)
+UNITED_SOURCES = ("auto", "average")
+DIMMERS = ("united", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine on one device."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    brownout: BrownoutConfig = field(default_factory=BrownoutConfig)
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    attention: str = "auto"
+    num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
+    stream_interval_s: float = 0.02  # a stream's tokens are sent at most this often; the first goes at once
+
+    def __post_init__(self) -> None:
+        require(self.device in DEVICES, "device", self.device, ", ".join(DEVICES))
+        require(self.attention in ATTENTION_BACKENDS, "attention", self.attention, ", ".join(ATTENTION_BACKENDS))
+        require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
+        require(self.stream_interval_s >= 0, "stream_interval_s", self.stream_interval_s, "0 or more seconds")
+
+
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers")
