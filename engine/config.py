@@ -112,13 +112,13 @@ class BrownoutConfig:
     """What can be dimmed. Live limits (floor, ceiling, budgets) come from the controller, not from here.
 
     ``ways``: which united experts to load; empty builds an engine that cannot dim at all.
-    ``united``: "auto" loads the artefact beside the model; "average" builds plain averages of the members at start,
-    a baseline no better than dropping the experts, for models whose output does not matter.
+    ``united``: how united experts come about; "average" builds plain averages of the members at start, a baseline
+    no better than dropping the experts, for models whose output does not matter.
     ``allow_unmeasured``: a ladder without measured quality losses may be climbed only if this says so by name.
     """
 
     ways: tuple[int, ...] = ()
-    united: str = "auto"
+    united: str = "average"
     dimmer: str = "united"
     ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
     allow_unmeasured: bool = False
@@ -138,7 +138,7 @@ class BrownoutConfig:
 
 
 WAYS = (2, 4, 8)
-UNITED_SOURCES = ("auto", "average")
+UNITED_SOURCES = ("average",)
 DIMMERS = ("united", "paper")
 
 
@@ -164,4 +164,4 @@ class EngineConfig:
 
 
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers")
+ATTENTION_BACKENDS = ("auto", "sdpa")

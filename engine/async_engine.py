@@ -1,0 +1,199 @@
+"""The engine in a thread of its own, for asyncio callers.
+
+The engine thread owns the Engine; the event loop talks to it through a queue of commands and gets outputs back once
+per step. Neither ever waits for the other: the loop never blocks on a step, the engine never on a slow client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.outbox import Outbox
+from engine.telemetry import StepWindow, Totals
+from engine.tokenizer import Tokenizer
+from engine.types import (
+    BrownoutSetting,
+    EngineBusyError,
+    EngineDeadError,
+    EngineStats,
+    GenerationRequest,
+    InvalidRequestError,
+    ModelInfo,
+    RequestOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+STALLED_S = 20.0  # an engine that has work and made no step for so long counts as wedged
+IDLE_POLL_S = 0.5  # how often an idle engine thread refreshes its stats
+
+
+class AsyncEngine:
+    """Created by `start`; all methods belong to the event loop that started it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._outbox = Outbox(config.stream_interval_s)
+        self._started: asyncio.Future[None] = self._loop.create_future()
+        self._stats = EngineStats()
+        self._last_step_s = time.monotonic()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._engine: Engine
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> AsyncEngine:
+        """Load the model and start serving. Raises what Engine raises."""
+        self = cls(config)
+        self._thread.start()
+        await self._started
+        return self
+
+    async def stop(self) -> None:
+        """End the engine thread; requests still in it end with EngineDeadError."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request until its finish_reason. Closing the iterator early aborts the request.
+
+        Raises InvalidRequestError, EngineBusyError or EngineDeadError.
+        """
+        self.check_health()
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+        stream = self._streams[request.request_id] = asyncio.Queue()
+        self._commands.put(lambda: self._add(request))
+        finished = False
+        try:
+            while not finished:
+                item = await stream.get()
+                finished = isinstance(item, Exception) or item.finished
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            del self._streams[request.request_id]
+            if not finished:
+                self._commands.put(lambda: self._abort(request.request_id))
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; its iterator gets a last output with finish_reason "abort"."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def apply_setting(self, setting: BrownoutSetting) -> bool:
+        """Put a setting in force from the next step on; False if a newer one is in force."""
+        return self._engine.apply_setting(setting)
+
+    def stats(self) -> EngineStats:
+        """The load after the newest step."""
+        return self._stats
+
+    def take_window(self) -> StepWindow:
+        """Telemetry since the last call."""
+        governor = self._engine.brownout.governor
+        return self._engine.recorder.drain(self._stats, governor.model.trim, governor.smoothed_s)
+
+    def totals(self) -> Totals:
+        """Counters since start."""
+        return self._engine.recorder.totals()
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine thread has died or makes no progress."""
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine has stopped: {self._failure}") from self._failure
+        if self._stopping:
+            raise EngineDeadError("the engine is stopping")
+        stalled_s = time.monotonic() - self._last_step_s
+        if self._streams and stalled_s > STALLED_S:
+            raise EngineDeadError(f"the engine has made no progress for {stalled_s:.0f} s")
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    # Engine thread
+
+    def _run(self) -> None:
+        try:
+            self._engine = Engine(self._config)
+        except BaseException as error:
+            self._failure = error
+            self._loop.call_soon_threadsafe(self._started.set_exception, error)
+            return
+        self._loop.call_soon_threadsafe(self._started.set_result, None)
+        try:
+            while not self._stopping:
+                self._run_commands()
+                outputs = self._outbox.collect(self._engine.step(), time.monotonic())
+                self._stats = self._engine.stats()
+                self._last_step_s = time.monotonic()
+                self._send(outputs)
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._failure = error
+        self._call_soon(self._end_all)
+
+    def _run_commands(self) -> None:
+        """Run all waiting commands; without work, wait for one."""
+        try:
+            if not self._engine.has_work:
+                self._commands.get(timeout=IDLE_POLL_S)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _add(self, request: GenerationRequest) -> None:
+        try:
+            self._engine.add(request)
+        except (InvalidRequestError, EngineBusyError) as error:
+            self._call_soon(self._deliver, request.request_id, error)
+
+    def _abort(self, request_id: str) -> None:
+        self._outbox.forget(request_id)
+        output = self._engine.abort(request_id)
+        if output is not None:
+            self._send([output])
+
+    def _send(self, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            self._call_soon(self._deliver_all, outputs)
+
+    def _call_soon(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the event loop is closed: nobody is left to tell
+            self._stopping = True
+
+    # Event loop
+
+    def _deliver_all(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self._deliver(output.request_id, output)
+
+    def _deliver(self, request_id: str, item: RequestOutput | Exception) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put_nowait(item)
+
+    def _end_all(self) -> None:
+        reason = f"the engine has stopped: {self._failure}" if self._failure else "the engine is stopping"
+        for request_id in list(self._streams):
+            self._deliver(request_id, EngineDeadError(reason))

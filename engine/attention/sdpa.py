@@ -1,0 +1,56 @@
+"""Attention by torch's scaled_dot_product_attention over gathered pages: runs anywhere, reference for the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import AttentionMetadata
+
+
+class SdpaAttention:
+    name = "sdpa"
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
+        out = torch.empty_like(queries)
+        if metadata.num_decodes:
+            n = metadata.num_decodes
+            out[:n] = self._decode(queries[:n], keys, values, metadata)
+        row = metadata.num_decodes
+        for sequence in range(metadata.num_decodes, len(metadata.query_lens)):
+            end = row + metadata.query_lens[sequence]
+            out[row:end] = self._prefill(queries[row:end], keys, values, metadata, sequence)
+            row = end
+        return out
+
+    @staticmethod
+    def _decode(queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """All decode rows at once, padded to the longest context."""
+        n, block_size = metadata.num_decodes, keys.shape[1]
+        num_blocks = -(-max(metadata.context_lens[:n]) // block_size)
+        table = metadata.block_table[:n, :num_blocks]
+        k = keys[table].flatten(1, 2).transpose(1, 2)  # [n, num_kv_heads, S, head_dim]
+        v = values[table].flatten(1, 2).transpose(1, 2)
+        positions = torch.arange(k.shape[2], device=k.device)
+        mask = positions < metadata.context_lens_dev[:n, None]  # [n, S]
+        out = F.scaled_dot_product_attention(
+            queries.unsqueeze(2), k, v, attn_mask=mask[:, None, None, :], enable_gqa=True
+        )
+        return out.squeeze(2)
+
+    @staticmethod
+    def _prefill(queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, sequence: int) -> Tensor:
+        """One chunk, which may follow cached or earlier computed tokens of its sequence."""
+        context_len = metadata.context_lens[sequence]
+        num_rows, block_size = queries.shape[0], keys.shape[1]
+        table = metadata.block_table[sequence, : -(-context_len // block_size)]
+        k = keys[table].flatten(0, 1)[:context_len].transpose(0, 1)  # [num_kv_heads, S, head_dim]
+        v = values[table].flatten(0, 1)[:context_len].transpose(0, 1)
+        key_positions = torch.arange(context_len, device=k.device)
+        query_positions = key_positions[context_len - num_rows :]
+        mask = key_positions <= query_positions[:, None]  # [rows, S]
+        out = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)

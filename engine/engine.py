@@ -1,0 +1,214 @@
+"""One replica's inference engine; read this file first.
+
+A step: schedule a batch, let the governor choose its brownout level, run it, hand out what it produced.
+
+    engine = Engine(EngineConfig(ModelConfig("path/of/a/model")))
+    engine.add(GenerationRequest("a", tuple(engine.tokenizer.encode("Hello"))))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text)
+
+Not thread-safe: one thread owns it. `engine.async_engine` runs it in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from engine.brownout import Brownout
+from engine.config import EngineConfig
+from engine.kv_cache.blocks import BlockManager
+from engine.pool.slots import ModelSlot, load_slot
+from engine.profile import profile_steps
+from engine.request_state import RequestState
+from engine.runner import Runner, StepResult
+from engine.scheduler.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from engine.telemetry import TelemetryRecorder
+from engine.tokenizer import load_tokenizer
+from engine.types import (
+    BrownoutSetting,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    InvalidRequestError,
+    Levels,
+    ModelInfo,
+    RequestOutput,
+)
+
+
+class Engine:
+    """Loads a model and serves it. Raises ConfigError or CheckpointError when it cannot."""
+
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self._clock = clock
+        self.tokenizer = load_tokenizer(config.model.path)
+        slot = load_slot(config)
+        self._runner: Runner | None = Runner(slot)
+        blocks = BlockManager(slot.kv.num_blocks, slot.kv.block_size, config.cache.prefix_caching)
+        self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
+        self.recorder = TelemetryRecorder(config.slo)
+        self._requests: dict[str, RequestState] = {}
+        self._device = slot.device
+        self._pairs_per_token = slot.spec.num_layers * slot.spec.num_experts_per_token
+        self._num_steps = self._num_tokens = self._num_preemptions = 0
+        may_dim = slot.ladder.measured or config.brownout.allow_unmeasured
+        model = profile_steps(self._runner, config, len(slot.ladder))
+        self.brownout = Brownout(model, config.scheduler, may_dim)
+        self.info = ModelInfo(
+            name=config.model.served_name,
+            vocab_size=slot.spec.vocab_size,
+            max_model_len=slot.max_model_len,
+            num_blocks=slot.kv.num_blocks,
+            block_size=slot.kv.block_size,
+            num_levels=len(slot.ladder),
+            ladder_measured=slot.ladder.measured,
+            level_names=tuple(level.name for level in slot.ladder.levels),
+            level_loss=tuple(level.loss or 0.0 for level in slot.ladder.levels) if slot.ladder.measured else (),
+            step_time_s_by_level=tuple(
+                model.predict_s(level, config.scheduler.max_num_seqs) for level in range(model.num_levels)
+            ),
+            device=str(slot.device),
+        )
+
+    # Requests
+
+    @property
+    def has_work(self) -> bool:
+        return self._runner is not None and self.scheduler.has_work
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed."""
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+        state = RequestState(
+            request, self.tokenizer, self._clock() - request.waited_s, self.info.vocab_size, self._device
+        )
+        self.scheduler.add(state.sequence)
+        self._requests[request.request_id] = state
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free its blocks; None if it is not here any more."""
+        state = self._requests.get(request_id)
+        return self._finish(state, FinishReason.ABORT) if state else None
+
+    def apply_setting(self, setting: BrownoutSetting) -> bool:
+        """Put a setting in force from the next step on, or renew its lease; False if a newer one is in force."""
+        return self.brownout.apply(setting, self._clock())
+
+    # Residency
+
+    def leave(self) -> ModelSlot:
+        """Give up the model between two steps; requests stay, and nothing here refers to the slot any more."""
+        if self._runner is None:
+            raise RuntimeError("the engine has no model to leave")
+        slot, self._runner = self._runner.slot, None
+        return slot
+
+    def take_up(self, slot: ModelSlot) -> None:
+        """Go on with a slot that this engine left."""
+        if self._runner is not None:
+            raise RuntimeError("the engine already has a model")
+        self._runner = Runner(slot)
+
+    # The step
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns what each request gained by it."""
+        if self._runner is None:
+            return []
+        now_s = self._clock()
+        batch = self.scheduler.schedule(now_s)
+        self._num_preemptions += batch.num_preempted
+        self.recorder.record_preemption(batch.num_preempted)
+        if not batch:
+            return []
+        levels = self.brownout.choose(self.scheduler, batch, now_s)
+        sampling = {item.sequence.request_id: self._requests[item.sequence.request_id].sampling for item in batch}
+        result = self._runner.run(batch, self.scheduler.blocks, levels, sampling)
+        self.scheduler.commit(batch, levels)
+        self._record_step(batch, levels, result)
+        return self._collect(batch, levels, result, self.brownout.setting(now_s).version)
+
+    def _record_step(self, batch: ScheduledBatch, levels: Levels, result: StepResult) -> None:
+        self._num_steps += 1
+        self._num_tokens += batch.num_tokens
+        self.brownout.learn_step(batch, result.step_time_s)
+        self.recorder.record_step(
+            batch.num_prefill_tokens,
+            batch.num_decode_tokens,
+            levels,
+            result.step_time_s,
+            batch.num_tokens * self._pairs_per_token,
+            sum(result.dimmed_pairs),
+        )
+
+    def _collect(
+        self, batch: ScheduledBatch, levels: Levels, result: StepResult, setting_version: int
+    ) -> list[RequestOutput]:
+        now_s = self._clock()
+        outputs = []
+        for index, item in enumerate(batch):
+            state = self._requests[item.sequence.request_id]
+            self._charge(item, levels, result.dimmed_pairs[index], setting_version)
+            token_id = result.token_ids[index]
+            if token_id is None:
+                continue
+            if state.sequence.first_token_s is None:
+                self._record_first_token(state, now_s)
+            output = state.append(token_id, result.logprobs[index], now_s, self.info.max_model_len)
+            if output.finish_reason is not None:
+                output = self._finish(state, output.finish_reason, output)
+            outputs.append(output)
+        return outputs
+
+    def _charge(self, item: ScheduledSequence, levels: Levels, dimmed_pairs: int, setting_version: int) -> None:
+        sequence = item.sequence
+        level = 0 if sequence.exact else levels.of(item.phase)
+        sequence.routed_pairs += item.num_tokens * self._pairs_per_token
+        sequence.dimmed_pairs += dimmed_pairs
+        sequence.level_peak = max(sequence.level_peak, level)
+        sequence.level_tokens += item.num_tokens * level
+        sequence.computed_tokens += item.num_tokens
+        sequence.setting_version = setting_version
+
+    def _record_first_token(self, state: RequestState, now_s: float) -> None:
+        sequence = state.sequence
+        admitted_s = sequence.admitted_s if sequence.admitted_s is not None else now_s
+        self.recorder.record_first_token(
+            sequence.request.service_class, now_s - sequence.arrival_s, admitted_s - sequence.arrival_s
+        )
+
+    def _finish(self, state: RequestState, reason: FinishReason, output: RequestOutput | None = None) -> RequestOutput:
+        sequence = state.sequence
+        del self._requests[sequence.request_id]
+        self.scheduler.remove(sequence)
+        if reason is not FinishReason.ABORT:
+            self.brownout.learn_finish(sequence.num_generated)
+            failed = reason is FinishReason.ERROR
+            self.recorder.record_finish(sequence.request.service_class, state.mean_tpot_s, failed)
+        return state.final_output(reason, output)
+
+    def stats(self) -> EngineStats:
+        """The load right now."""
+        scheduler, brownout, now_s = self.scheduler, self.brownout, self._clock()
+        levels = brownout.levels if scheduler.has_work else Levels()
+        no_token = [s.arrival_s for s in (*scheduler.running, *scheduler.waiting) if s.first_token_s is None]
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+            queued_prefill_tokens=scheduler.queued_prefill_tokens,
+            oldest_wait_s=now_s - min(no_token) if no_token else 0.0,
+            kv_used_frac=scheduler.blocks.used_frac,
+            num_free_blocks=scheduler.blocks.num_free,
+            levels=levels,
+            predicted_step_s=brownout.predicted_step_s(levels.peak),
+            num_preemptions=self._num_preemptions,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+            setting_version=brownout.newest.version,
+            lease_expired=brownout.lease_expired(now_s),
+        )

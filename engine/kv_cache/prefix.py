@@ -1,0 +1,109 @@
+"""The prefix index: which blocks hold the KV of which token prefix, and whether any of it was computed dimmed.
+
+A trie with one block of tokens per edge. A node stands for a whole prefix, so a match cannot be wrong: the tokens
+themselves are compared, block by block, and no two prefixes share a node as they could share a hash.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+
+class PrefixNode:
+    """One prefix of full blocks. It lives while it has a block, a longer prefix below it, or a sequence at it."""
+
+    __slots__ = ("block_id", "children", "exact", "num_pins", "parent", "tokens")
+
+    def __init__(self, parent: PrefixNode | None, tokens: bytes) -> None:
+        self.parent = parent
+        self.tokens = tokens  # of the last block of the prefix, packed
+        self.children: dict[bytes, PrefixNode] = {}
+        self.block_id: int | None = None
+        self.exact = False  # the block and all before it were computed undimmed
+        self.num_pins = 0
+
+    @property
+    def needed(self) -> bool:
+        return self.parent is None or self.block_id is not None or bool(self.children) or self.num_pins > 0
+
+
+class PrefixIndex:
+    """Maps token prefixes to blocks. Knows nothing of reference counts: the block manager says what may go."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.root = PrefixNode(None, b"")
+        self._node_of_block: dict[int, PrefixNode] = {}
+
+    def __len__(self) -> int:
+        return len(self._node_of_block)
+
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._node_of_block
+
+    def match(self, token_ids: Sequence[int], max_blocks: int, exact_only: bool) -> list[PrefixNode]:
+        """Nodes of the longest chain of registered blocks that ``token_ids`` starts with, at most ``max_blocks``."""
+        chain: list[PrefixNode] = []
+        node = self.root
+        for index in range(max_blocks):
+            child = node.children.get(self._pack(token_ids, index))
+            if child is None or child.block_id is None or (exact_only and not child.exact):
+                break
+            chain.append(child)
+            node = child
+        return chain
+
+    def child(self, node: PrefixNode, token_ids: Sequence[int], index: int) -> PrefixNode:
+        """The prefix one block longer than ``node``: with block ``index`` of ``token_ids``, made if it is new."""
+        tokens = self._pack(token_ids, index)
+        child = node.children.get(tokens)
+        if child is None:
+            child = node.children[tokens] = PrefixNode(node, tokens)
+        return child
+
+    def register(self, node: PrefixNode, block_id: int, exact: bool) -> int | None:
+        """Offer ``block_id`` as the block of ``node``; the first one stays, but an exact one replaces a dimmed one.
+
+        Returns the block that is now unregistered: the offered one, the replaced one, or None.
+        """
+        replaced = node.block_id
+        if replaced is not None and (node.exact or not exact):
+            return block_id
+        if replaced is not None:
+            del self._node_of_block[replaced]
+        node.block_id, node.exact = block_id, exact
+        self._node_of_block[block_id] = node
+        return replaced
+
+    def unregister(self, block_id: int) -> None:
+        node = self._node_of_block.pop(block_id)
+        node.block_id = None
+        self._prune(node)
+
+    def pin(self, node: PrefixNode) -> None:
+        """Keep ``node`` in the trie, with or without a block, until :meth:`unpin`."""
+        node.num_pins += 1
+
+    def unpin(self, node: PrefixNode) -> None:
+        node.num_pins -= 1
+        self._prune(node)
+
+    def clear(self) -> None:
+        """Forget every prefix. Nodes that sequences still hold belong to the old trie and lead nowhere."""
+        self.root = PrefixNode(None, b"")
+        self._node_of_block = {}
+
+    def registered(self) -> Iterator[tuple[int, PrefixNode]]:
+        """``block_id |-> node`` of every registered block."""
+        return iter(self._node_of_block.items())
+
+    def _pack(self, token_ids: Sequence[int], index: int) -> bytes:
+        start = index * self.block_size
+        return array("q", token_ids[start : start + self.block_size]).tobytes()
+
+    @staticmethod
+    def _prune(node: PrefixNode) -> None:
+        while not node.needed and node.parent is not None:
+            del node.parent.children[node.tokens]
+            node = node.parent

@@ -1,0 +1,35 @@
+"""A MoE layer: gate, dimmer, experts, shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import RowInfo
+from engine.layers.linear import GatedMlp
+from engine.moe.dimmer import Dimmer
+from engine.moe.experts import PackedExperts
+from engine.moe.gate import Gate
+
+
+@dataclass(slots=True)
+class MoeLayer:
+    index: int
+    gate: Gate
+    experts: PackedExperts
+    shared_expert: GatedMlp
+    shared_gate: Tensor  # [1, D]
+    dimmer: Dimmer | None  # None: this layer is never dimmed
+
+    def __call__(self, x: Tensor, rows: RowInfo, dimmed_pairs: Tensor) -> Tensor:
+        """[T, D] -> [T, D]; adds the layer's dimmed pairs to ``dimmed_pairs`` [T]."""
+        routing = self.gate(x)
+        if self.dimmer is not None:
+            dimmed = self.dimmer.rewrite(self.index, routing, rows)
+            routing = dimmed.routing
+            dimmed_pairs += dimmed.dimmed_pairs
+        shared = torch.sigmoid(F.linear(x, self.shared_gate)) * self.shared_expert(x)
+        return self.experts(x, routing) + shared

@@ -1,0 +1,119 @@
+"""Residency: everything that one model owns on a device sits in one slot, and nobody else keeps a reference.
+
+The engine can leave a slot and take it up again between two steps; switching models at token level builds on that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.attention.select import create_attention
+from engine.config import ConfigError, EngineConfig
+from engine.kv_cache.storage import KvStorage
+from engine.models.qwen2_moe import Qwen2Moe
+from engine.models.registry import load_spec
+from engine.models.spec import ModelSpec
+from engine.moe.dimmer import Dimmer
+from engine.moe.ladder import Ladder, load_ladder
+from engine.moe.united import Grouping, consecutive_groups
+from engine.weights.manifest import WeightSource
+from engine.weights.random import RandomWeights
+from engine.weights.safetensors import SafetensorsCheckpoint
+
+
+@dataclass(slots=True, weakref_slot=True)
+class ModelSlot:
+    """One model on one device: weights, KV pool, dimming tables."""
+
+    spec: ModelSpec
+    ladder: Ladder
+    model: Qwen2Moe
+    kv: KvStorage
+    max_model_len: int
+    device: torch.device
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU; allowed here: auto, cpu")
+    return torch.device(name)
+
+
+def load_slot(config: EngineConfig) -> ModelSlot:
+    """Load a model. Raises ConfigError or CheckpointError, in one sentence."""
+    directory = Path(config.model.path)
+    device = resolve_device(config.device)
+    spec = load_spec(directory)
+    ladder = load_ladder(config.brownout, directory)
+    groupings = tuple(consecutive_groups(spec.num_experts, way) for way in config.brownout.ways)
+    dtype = _resolve_dtype(config.model.dtype, spec, device)
+    source: WeightSource
+    if config.model.load_format == "random":
+        source = RandomWeights(config.model.seed)
+    else:
+        source = SafetensorsCheckpoint(directory)
+    model = Qwen2Moe(
+        spec, source, _dimmers(config, spec, ladder, groupings, device), groupings,
+        create_attention(config.attention), dtype, device,
+    )  # fmt: skip
+    max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
+    num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
+    kv = KvStorage(spec, num_blocks, config.cache.block_size, dtype, device)
+    max_model_len = min(max_model_len, (num_blocks - 1) * config.cache.block_size)
+    return ModelSlot(spec, ladder, model, kv, max_model_len, device)
+
+
+def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else spec.dtype
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"model.dtype is {name!r}; allowed: float32, bfloat16, float16")
+    return dtype
+
+
+def _dimmers(
+    config: EngineConfig, spec: ModelSpec, ladder: Ladder, groupings: tuple[Grouping, ...], device: torch.device
+) -> list[Dimmer | None]:
+    """The dimmer of each layer; None for exempt layers, which then hold no united experts either."""
+    if not groupings:
+        return [None] * spec.num_layers
+    brownout = config.brownout
+    protected = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.bool)
+    for layer, expert in brownout.protect:
+        if not (0 <= layer < spec.num_layers and 0 <= expert < spec.num_experts):
+            raise ConfigError(
+                f"brownout.protect has ({layer}, {expert}); allowed: layers below {spec.num_layers}, "
+                f"experts below {spec.num_experts}"
+            )
+        protected[layer, expert] = True
+    dimmer = Dimmer(ladder, groupings, protected, brownout.dimmer == "paper", device)
+    dimmed = range(brownout.exempt_first, spec.num_layers - brownout.exempt_last)
+    return [dimmer if layer in dimmed else None for layer in range(spec.num_layers)]
+
+
+def _default_num_blocks(
+    config: EngineConfig, spec: ModelSpec, max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """What a full batch of the longest sequences needs, as far as memory allows."""
+    cache = config.cache
+    wanted = config.scheduler.max_num_seqs * -(-max_model_len // cache.block_size) + 1
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    else:
+        free_bytes = CPU_KV_BYTES
+    affordable = int(free_bytes * cache.memory_frac) // KvStorage.block_bytes(spec, cache.block_size, dtype)
+    if affordable < 2:
+        raise ConfigError(
+            f"cache.memory_frac is {cache.memory_frac}: {free_bytes} free bytes hold no KV block; "
+            "allowed: a smaller model, a larger device or a larger fraction"
+        )
+    return min(wanted, affordable)
+
+
+CPU_KV_BYTES = 2 << 30  # a replica on the CPU shares its memory with everything else

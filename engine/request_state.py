@@ -1,0 +1,80 @@
+"""One request in the engine: its sequence, how it samples, its text, and when it ends."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import torch
+
+from engine.detokenize import IncrementalDetokenizer
+from engine.sampling import SamplingState
+from engine.scheduler.sequence import Sequence
+from engine.tokenizer import Tokenizer
+from engine.types import FinishReason, GenerationRequest, RequestOutput, TokenLogprob
+
+
+class RequestState:
+    """Created when a request arrives, dropped when it ends."""
+
+    def __init__(
+        self, request: GenerationRequest, tokenizer: Tokenizer, arrival_s: float, vocab_size: int, device: torch.device
+    ) -> None:
+        params = request.sampling
+        self.sequence = Sequence(request, arrival_s)
+        self._stop_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else tokenizer.eos_token_ids
+        )
+        fallback_seed = zlib.crc32(request.request_id.encode())
+        self.sampling = SamplingState(params, request.prompt_ids, vocab_size, self._stop_ids, device, fallback_seed)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens
+        )
+
+    def append(self, token_id: int, logprob: TokenLogprob | None, now_s: float, max_model_len: int) -> RequestOutput:
+        """Take in a sampled token; the output's finish_reason says whether it was the last."""
+        sequence, params = self.sequence, self.sequence.request.sampling
+        sequence.token_ids.append(token_id)
+        self.sampling.append(token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        sequence.last_token_s = now_s
+        may_stop = sequence.num_generated >= params.min_tokens
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        text = ""
+        if may_stop and token_id in self._stop_ids:
+            reason = FinishReason.STOP
+            stop_reason = token_id if token_id in params.stop_token_ids else None
+        else:
+            text, stop_reason = self._detokenizer.append([token_id])
+            if stop_reason is not None:
+                reason = FinishReason.STOP
+            elif sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
+                reason = FinishReason.LENGTH
+        return RequestOutput(
+            request_id=sequence.request_id,
+            token_ids=(token_id,),
+            text=text,
+            logprobs=(logprob,) if logprob is not None else None,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+    def final_output(self, reason: FinishReason, output: RequestOutput | None) -> RequestOutput:
+        """The last output: ``output`` of the last step, if any, with the rest of the text and the usage."""
+        output = output or RequestOutput(self.sequence.request_id)
+        return replace(
+            output,
+            text=output.text + self._detokenizer.flush(),
+            finish_reason=reason,
+            usage=self.sequence.usage(),
+        )
+
+    @property
+    def mean_tpot_s(self) -> float | None:
+        """Mean time per token after the first; None with fewer than two tokens."""
+        sequence = self.sequence
+        if sequence.first_token_s is None or sequence.last_token_s is None or sequence.num_generated < 2:
+            return None
+        return (sequence.last_token_s - sequence.first_token_s) / (sequence.num_generated - 1)

@@ -1,0 +1,168 @@
+"""Continuous batching with chunked prefill in one token budget. Pure: no torch, no clock.
+
+A step takes, in this order, until the token budget is spent:
+
+1. every decoding sequence, one token each;
+2. running sequences whose prompt is not computed yet, oldest first, as large a chunk as fits;
+3. waiting sequences, oldest first, while there is a place in the batch and blocks for all their tokens.
+
+When blocks run out, the latest arrival is preempted: it loses its blocks, returns to the head of the queue and
+recomputes (its own blocks are likely still in the prefix cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.config import SchedulerConfig
+from engine.kv_cache.blocks import BlockManager
+from engine.scheduler.admission import check_queue, check_request, has_room
+from engine.scheduler.preempt import choose_victim
+from engine.scheduler.queue import WaitingQueue
+from engine.scheduler.sequence import Sequence
+from engine.types import Levels, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    sequence: Sequence
+    num_tokens: int  # to compute in this step
+    phase: Phase
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the sequence's newest token, so that the next one can be sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """Decoding sequences first, then prefill chunks."""
+
+    decodes: tuple[ScheduledSequence, ...] = ()
+    prefills: tuple[ScheduledSequence, ...] = ()
+    num_preempted: int = 0
+
+    def __iter__(self) -> Iterator[ScheduledSequence]:
+        yield from self.decodes
+        yield from self.prefills
+
+    def __len__(self) -> int:
+        return len(self.decodes) + len(self.prefills)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return len(self.decodes)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.prefills)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode_tokens + self.num_prefill_tokens
+
+
+class Scheduler:
+    """Owns the waiting queue, the running list and, through the block manager, the KV blocks."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, max_model_len: int, vocab_size: int) -> None:
+        self._config = config
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self.blocks = blocks
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in order of admission
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._config.max_num_seqs - len(self.running)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens still to compute, of waiting and of running sequences."""
+        return self.waiting.num_tokens + sum(s.num_uncomputed for s in self.running if not s.decoding)
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises InvalidRequestError or EngineBusyError; then nothing has changed."""
+        check_request(sequence.request, self._max_model_len, self._vocab_size)
+        check_queue(len(self.waiting), self._config.max_num_waiting)
+        self.waiting.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or aborted sequence and free its blocks at once."""
+        if self.waiting.remove(sequence.request_id) is None:
+            self.running.remove(sequence)
+            self.blocks.free(sequence.request_id)
+
+    def schedule(self, now_s: float) -> ScheduledBatch:
+        """Choose the next step's work and reserve its blocks."""
+        budget = self._config.max_num_batched_tokens
+        chosen: dict[str, ScheduledSequence] = {}
+        num_preempted = 0
+        by_turn = sorted(self.running, key=lambda s: (not s.decoding, s.arrival_s))
+        for sequence in by_turn:
+            num_tokens = min(sequence.num_uncomputed, budget)
+            if num_tokens == 0 or sequence not in self.running:  # preempted below by an older one
+                continue
+            preempted = self._make_room(sequence, sequence.num_computed + num_tokens)
+            num_preempted += len(preempted)
+            for victim in preempted:
+                taken_back = chosen.pop(victim.request_id, None)
+                budget += taken_back.num_tokens if taken_back else 0
+            if sequence in preempted:
+                continue
+            budget -= num_tokens
+            phase = Phase.DECODE if sequence.decoding else Phase.PREFILL
+            chosen[sequence.request_id] = ScheduledSequence(sequence, num_tokens, phase)
+        if not num_preempted:
+            self._admit(chosen, budget, now_s)
+        items = chosen.values()
+        return ScheduledBatch(
+            decodes=tuple(item for item in items if item.phase is Phase.DECODE),
+            prefills=tuple(item for item in items if item.phase is Phase.PREFILL),
+            num_preempted=num_preempted,
+        )
+
+    def commit(self, batch: ScheduledBatch, levels: Levels) -> None:
+        """The step has run: its tokens have KV now, computed at ``levels``."""
+        for item in batch:
+            sequence = item.sequence
+            dimmed = levels.of(item.phase) > 0 and not sequence.exact
+            sequence.num_computed += item.num_tokens
+            self.blocks.commit(sequence.request_id, sequence.token_ids, sequence.num_computed, dimmed)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
+        """Reserve blocks for num_tokens tokens of a running sequence; returns whom that cost its place."""
+        preempted: list[Sequence] = []
+        while not self.blocks.reserve(sequence.request_id, num_tokens):
+            victim = choose_victim(self.running)
+            preempted.append(victim)
+            self.running.remove(victim)
+            self.blocks.free(victim.request_id)
+            victim.num_computed = 0
+            self.waiting.push_front(victim)
+            if victim is sequence:
+                break
+        return preempted
+
+    def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
+        while self.waiting and budget > 0 and self.num_free_slots > 0:
+            if not has_room(self.waiting.peek(), self.blocks):
+                break
+            sequence = self.waiting.pop()
+            num_cached = self.blocks.start(sequence.request_id, sequence.token_ids, sequence.exact)
+            sequence.num_computed = num_cached
+            if sequence.admitted_s is None:
+                sequence.admitted_s = now_s
+                sequence.num_cached = num_cached
+            num_tokens = min(sequence.num_uncomputed, budget)
+            self.blocks.reserve(sequence.request_id, num_cached + num_tokens)
+            self.running.append(sequence)
+            budget -= num_tokens
+            chosen[sequence.request_id] = ScheduledSequence(sequence, num_tokens, Phase.PREFILL)

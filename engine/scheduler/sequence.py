@@ -1,0 +1,69 @@
+"""A request inside the engine: its tokens, how many of them have KV, and what it cost so far. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.types import BrownoutUsage, GenerationRequest, ServiceClass, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable; owned by the engine thread.
+
+    tokens:  [0 ........ num_computed) have KV  [num_computed ... len) are to be computed
+             [0 .. num_prompt) prompt           [num_prompt ...... len) generated
+    """
+
+    request: GenerationRequest
+    arrival_s: float  # on the engine's clock, what the request waited before included
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens served by the prefix cache at first admission
+    admitted_s: float | None = None  # first admission
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    routed_pairs: int = 0
+    dimmed_pairs: int = 0
+    level_peak: int = 0
+    level_tokens: int = 0  # sum over computed tokens of their level
+    computed_tokens: int = 0  # recomputation after preemption included
+    setting_version: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def decoding(self) -> bool:
+        """Exactly the newest token is to be computed, and it is a generated one."""
+        return self.num_uncomputed == 1 and self.num_generated > 0
+
+    @property
+    def exact(self) -> bool:
+        return self.request.service_class is ServiceClass.FULL
+
+    def usage(self) -> Usage:
+        brownout = BrownoutUsage(
+            routed_pairs=self.routed_pairs,
+            dimmed_pairs=self.dimmed_pairs,
+            level_peak=self.level_peak,
+            level_mean=self.level_tokens / self.computed_tokens if self.computed_tokens else 0.0,
+            setting_version=self.setting_version,
+        )
+        return Usage(self.num_prompt, self.num_cached, self.num_generated, brownout)

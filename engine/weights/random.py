@@ -1,0 +1,27 @@
+"""Weights drawn from a seed: for demos, tests and performance runs, where the output's meaning does not matter."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from engine.weights.manifest import Init, TensorSpec
+
+INITIALIZER_RANGE = 0.02  # Hugging Face's default initializer_range
+
+
+class RandomWeights:
+    """Each tensor depends only on (seed, name, shape), never on the order of reading."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def get(self, spec: TensorSpec) -> Tensor:
+        if spec.init is Init.ONES:
+            return torch.ones(spec.shape)
+        if spec.init is Init.ZEROS:
+            return torch.zeros(spec.shape)
+        generator = torch.Generator().manual_seed(self._seed << 32 | zlib.crc32(spec.name.encode()))
+        return torch.empty(spec.shape).normal_(0.0, INITIALIZER_RANGE, generator=generator)
