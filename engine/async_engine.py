@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -66,7 +66,7 @@ class AsyncEngine:
         self._commands.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request until its finish_reason. Closing the iterator early aborts the request.
 
         Raises InvalidRequestError, EngineBusyError or EngineDeadError.
@@ -103,8 +103,14 @@ class AsyncEngine:
 
     def take_window(self) -> StepWindow:
         """Telemetry since the last call."""
-        governor = self._engine.brownout.governor
-        return self._engine.recorder.drain(self._stats, governor.model.trim, governor.smoothed_s)
+        brownout = self._engine.brownout
+        return self._engine.recorder.drain(
+            self._stats,
+            time.monotonic(),
+            applied_epoch=brownout.newest.epoch,
+            trim=brownout.governor.model.trim,
+            predicted_step_time_s=brownout.governor.smoothed_s,
+        )
 
     def totals(self) -> Totals:
         """Counters since start."""

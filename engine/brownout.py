@@ -25,6 +25,7 @@ class Brownout:
         self._may_dim = may_dim
         self.governor = GovernorState.initial(model)
         self.levels = Levels()  # of the last step
+        self._step_started_s = self._step_ended_s = float("inf")
         self._safe = BrownoutSetting.pinned(0)
         self._in_force = (self._safe, float("inf"))  # newest setting and when its lease ends; replaced as one
 
@@ -49,15 +50,18 @@ class Brownout:
 
     def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
         """The level of the scheduled step."""
-        if self._may_dim:
-            observation = self._observe(scheduler, batch, now_s)
-            self.governor, self.levels = choose_levels(self.governor, self.setting(now_s), observation, now_s)
+        setting = self.setting(now_s) if self._may_dim else self._safe
+        observation = self._observe(scheduler, batch, now_s)
+        self.governor, self.levels = choose_levels(self.governor, setting, observation, now_s)
+        self._step_started_s = now_s
         return self.levels
 
     def learn_step(self, batch: ScheduledBatch, step_time_s: float) -> None:
-        """Correct the step-time model, if the step ran at one level."""
-        if self.levels.prefill == self.levels.decode or not batch.prefills:
-            self.governor = observe_step(self.governor, self.levels.decode, batch.num_tokens, step_time_s)
+        """Correct the step-time model, if all rows ran at one level; rows that refuse to be dimmed run at 0."""
+        self._step_ended_s = self._step_started_s + step_time_s
+        levels = {0 if item.sequence.exact else self.levels.of(item.phase) for item in batch}
+        if len(levels) == 1:
+            self.governor = observe_step(self.governor, levels.pop(), batch.num_tokens, step_time_s)
 
     def learn_finish(self, num_output_tokens: int) -> None:
         self.governor = observe_finish(self.governor, num_output_tokens)
@@ -67,15 +71,21 @@ class Brownout:
         return self.governor.smoothed_s[level]
 
     def _observe(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> StepObservation:
-        sampled = set(sample_positions(len(scheduler.waiting)))
-        prefill_tokens = scheduler.queued_prefill_tokens - scheduler.waiting.num_tokens  # of running sequences
         waiting = []
+        prefill_tokens = 0
+        for sequence in scheduler.running:
+            if not sequence.decoding:
+                prefill_tokens += sequence.num_uncomputed
+                if sequence.first_token_s is None:
+                    waiting.append(Waiting(0, now_s - sequence.arrival_s, prefill_tokens))
+        sampled = set(sample_positions(len(scheduler.waiting)))
         for index, sequence in enumerate(scheduler.waiting):
             prefill_tokens += sequence.num_uncomputed
             if index in sampled and sequence.first_token_s is None:
                 waiting.append(Waiting(index + 1, now_s - sequence.arrival_s, prefill_tokens))
         return StepObservation(
             num_tokens=batch.num_tokens,
+            idle_s=max(0.0, now_s - self._step_ended_s),
             waiting=waiting,
             num_free_slots=scheduler.num_free_slots,
             max_num_seqs=self._config.max_num_seqs,

@@ -35,6 +35,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "a Hugging Face model directory")
         require(self.load_format in LOAD_FORMATS, "model.load_format", self.load_format, ", ".join(LOAD_FORMATS))
+        require(0 <= self.seed < 1 << 32, "model.seed", self.seed, "0 to 4294967295")
         require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
         require(
             self.max_model_len is None or self.max_model_len >= 1,

@@ -49,7 +49,7 @@ class Engine:
         self._runner: Runner | None = Runner(slot)
         blocks = BlockManager(slot.kv.num_blocks, slot.kv.block_size, config.cache.prefix_caching)
         self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
-        self.recorder = TelemetryRecorder(config.slo)
+        self.recorder = TelemetryRecorder(config.slo, clock())
         self._requests: dict[str, RequestState] = {}
         self._device = slot.device
         self._pairs_per_token = slot.spec.num_layers * slot.spec.num_experts_per_token

@@ -16,6 +16,7 @@ places free up at max_num_seqs / mean output length per step).
 | floor < ceiling            | a lower level would break a budget         | least level that keeps both, at once      |
 | floor < ceiling            | a lower level has been enough for DOWN_S   | one level down, at most one per DOWN_S    |
 | floor < ceiling            | no level keeps the budgets                 | ceiling                                   |
+| floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
 | lease expired              |                                            | as the safe policy's setting says         |
 """
 
@@ -36,7 +37,8 @@ OUTPUT_LENGTH_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The ``position``-th request without a first token (from 1), with all prompt tokens up to its own."""
+    """The ``position``-th request of the queue (from 1; 0: it is in the batch, its prompt not yet computed), with
+    all prompt tokens up to and including its own."""
 
     position: int
     waited_s: float
@@ -48,7 +50,8 @@ class StepObservation:
     """What the governor sees before a step."""
 
     num_tokens: int  # of the step to come
-    waiting: Sequence[Waiting] = ()  # a sample of the queue, oldest first
+    idle_s: float = 0.0  # since the last step ended
+    waiting: Sequence[Waiting] = ()  # requests without a first token: those in the batch, and a sample of the queue
     num_free_slots: int = 0
     max_num_seqs: int = 1
     prefill_tokens_per_step: int = 1  # token budget left beside the decoding rows
@@ -78,17 +81,17 @@ def choose_levels(
         _least_level(state.smoothed_s, setting.decode.margin * setting.decode.budget_s),
         _least_level(state.smoothed_s, _step_time_for_queue_s(setting.prefill, observation, state.mean_output_tokens)),
     )
-    level, enough_since_s = state.level, state.enough_since_s
+    level, enough_since_s = max(0, state.level - int(observation.idle_s / DOWN_S)), state.enough_since_s
     if wanted >= level:
         level, enough_since_s = wanted, math.inf
     elif enough_since_s == math.inf:
         enough_since_s = now_s
     elif now_s - enough_since_s >= DOWN_S:
         level, enough_since_s = level - 1, now_s
-    # Remembering a level outside the allowed range would delay the way down once the range allows it again.
-    level = _clamp(level, setting.decode, top)
-    state = replace(state, level=level, enough_since_s=enough_since_s)
-    return state, Levels(prefill=_clamp(level, setting.prefill, top), decode=level)
+    levels = Levels(prefill=_clamp(level, setting.prefill, top), decode=_clamp(level, setting.decode, top))
+    # Remembering a level that neither phase may have would delay the way down once the range allows it again.
+    level = min(max(level, min(levels.prefill, levels.decode)), levels.peak)
+    return replace(state, level=level, enough_since_s=enough_since_s), levels
 
 
 def observe_step(state: GovernorState, level: int, num_tokens: int, step_time_s: float) -> GovernorState:

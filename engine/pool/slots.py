@@ -46,6 +46,8 @@ def resolve_device(name: str) -> torch.device:
 
 def load_slot(config: EngineConfig) -> ModelSlot:
     """Load a model. Raises ConfigError or CheckpointError, in one sentence."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)  # of the calling thread, which is the one that runs the model
     directory = Path(config.model.path)
     device = resolve_device(config.device)
     spec = load_spec(directory)

@@ -6,5 +6,8 @@ from engine.scheduler.sequence import Sequence
 
 
 def choose_victim(running: list[Sequence]) -> Sequence:
-    """The latest arrival: it has lost least, and the oldest always makes progress, so nobody starves."""
-    return max(running, key=lambda sequence: sequence.arrival_s)
+    """The latest arrival: it has lost least, and the oldest always makes progress, so nobody starves.
+
+    Of arrivals at the same time the last admitted, so that two of them cannot take turns at evicting each other.
+    """
+    return max(reversed(running), key=lambda sequence: sequence.arrival_s)

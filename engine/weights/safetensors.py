@@ -48,9 +48,9 @@ class SafetensorsCheckpoint:
         if index_path.exists():
             try:
                 weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
-            except (ValueError, KeyError, OSError) as error:
-                raise CheckpointError(f"cannot read {index_path}: {error}") from error
-            file_of = {name: directory / file for name, file in weight_map.items()}
+                file_of = {name: directory / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise CheckpointError(f"cannot read {index_path}: {error!r}") from error
             for path in sorted(set(file_of.values())):
                 if not path.exists():
                     raise CheckpointError(f"checkpoint file {path} is missing (named in {INDEX_FILE})")

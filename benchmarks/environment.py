@@ -1,0 +1,38 @@
+"""Where a measurement was taken: machine, versions, command. Stands in every result file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "ray", "transformers", "grpcio", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """``machine``, ``versions`` and ``command`` of this process."""
+    return {
+        "machine": {
+            "cpu": _cpu_name(),
+            "num_cpus": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,65 @@
+"""Closed loop: a fixed number of clients, each of which sends its next request when the last one is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.loadgen.record import RequestRecord, Send
+from benchmarks.workloads.workload import Arrival
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoop:
+    """``concurrency`` clients start evenly over ``ramp_s``, lest they move in step; then ``measure_s`` counts."""
+
+    concurrency: int
+    ramp_s: float
+    measure_s: float
+
+    @property
+    def end_s(self) -> float:
+        return self.ramp_s + self.measure_s
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Rates over the measured part of a closed loop, by requests completed in it."""
+
+    req_s: float
+    tok_s: float  # completion tokens
+
+
+async def run_closed_loop(send: Send, requests: Iterator[Arrival], loop_spec: ClosedLoop) -> list[RequestRecord]:
+    """Records in order of completion. A client stops at its first failed request instead of hammering the server."""
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
+    records: list[RequestRecord] = []
+
+    def clock() -> float:
+        return loop.time() - start_s
+
+    async def run_client(index: int) -> None:
+        await asyncio.sleep(loop_spec.ramp_s * index / loop_spec.concurrency)
+        while clock() < loop_spec.end_s:
+            record = await send(replace(next(requests), at_s=clock()), clock)
+            records.append(record)
+            if not record.completed:
+                return
+
+    async with asyncio.TaskGroup() as group:
+        for index in range(loop_spec.concurrency):
+            group.create_task(run_client(index))
+    return records
+
+
+def throughput(records: Sequence[RequestRecord], loop_spec: ClosedLoop) -> Throughput:
+    """Raises RuntimeError when a request failed: the rate of a failing server means nothing."""
+    failed = [r for r in records if not r.completed]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(records)} requests failed, the first with: {failed[0].error}")
+    counted = [
+        r for r in records if r.last_token_s is not None and loop_spec.ramp_s <= r.last_token_s < loop_spec.end_s
+    ]
+    return Throughput(len(counted) / loop_spec.measure_s, sum(r.num_tokens for r in counted) / loop_spec.measure_s)

@@ -1,0 +1,195 @@
+"""What an operator may write under ``args`` of a Serve application; checked here, in one sentence per mistake.
+
+The engine's sections are the engine's own dataclasses, so a key means the same in YAML and in code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from controller.config import ConfigError as ControllerConfigError
+from controller.config import ControllerConfig
+from controller.types import Slo
+from engine.config import (
+    BrownoutConfig,
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SloConfig,
+)
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ClusterConfigError(ConfigError):
+    """A mistake in the cluster's configuration, in one sentence: key, value, allowed values."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ControllerSection(_Section):
+    """The slow loop: the policy in force until an operator sets another. ``level`` belongs to the law "static"."""
+
+    law: str = ControllerConfig().law
+    level: int = 0
+    law_params: dict[str, float] = {}
+    tick_s: float = ControllerConfig().tick_s
+    lease_s: float = ControllerConfig().lease_s
+    window_s: float = ControllerConfig().window_s
+    stale_s: float = ControllerConfig().stale_s
+
+
+class IngressSection(_Section):
+    """The HTTP front. One ingress replica serves ``max_concurrent`` requests; more get 503 with Retry-After.
+
+    ``idle_timeout_s`` ends a request that got nothing from its engine for so long; it includes the wait in the queue.
+    """
+
+    num_replicas: int = Field(default=1, ge=1)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    max_concurrent: int = Field(default=4096, ge=1)
+    idle_timeout_s: float = Field(default=300.0, gt=0)
+
+
+class ClusterConfig(_Section):
+    """One model on one set of replicas, behind one ingress, under one controller.
+
+    ``gpus_per_replica`` 0 serves on the CPU; ``cpus_per_replica`` only reserves room in Ray's scheduler.
+    ``redis_url`` defaults to the environment's REDIS_URL where the cluster runs.
+    """
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    slo: SloConfig = SloConfig()
+    brownout: BrownoutConfig = BrownoutConfig()
+    device: str = "auto"
+    attention: str = "auto"
+    num_threads: int | None = None
+    stream_interval_s: float = 0.02
+    replicas: int = Field(default=1, ge=1)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    cpus_per_replica: float = Field(default=1, ge=0)
+    controller: ControllerSection = ControllerSection()
+    ingress: IngressSection = IngressSection()
+    redis_url: str = ""
+
+    @model_validator(mode="after")
+    def _engine_and_controller_accept(self) -> ClusterConfig:
+        self.engine_config()
+        self.controller_config("default")
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        """What each replica's engine is started with; the model's path is resolved."""
+        return EngineConfig(
+            model=replace(self.model, path=str(resolve_path(self.model.path)), name=self.model.served_name),
+            cache=self.cache,
+            scheduler=self.scheduler,
+            slo=self.slo,
+            brownout=self.brownout,
+            device=self.device,
+            attention=self.attention,
+            num_threads=self.num_threads,
+            stream_interval_s=self.stream_interval_s,
+        )
+
+    def controller_config(self, app_name: str, host: str = "127.0.0.1") -> ControllerConfig:
+        """What the application's controller is started with; ``host`` is the address its server binds."""
+        return ControllerConfig(
+            law=self.controller.law,
+            level=self.controller.level,
+            law_params=self.controller.law_params,
+            tick_s=self.controller.tick_s,
+            lease_s=self.controller.lease_s,
+            window_s=self.controller.window_s,
+            stale_s=self.controller.stale_s,
+            slo=Slo(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s),
+            allow_unmeasured=self.brownout.allow_unmeasured,
+            host=host,
+            key_prefix=key_prefix(app_name),
+        )
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Requests that one replica takes at a time: all of them wait in its engine's queue, where they are measured.
+
+        A few more than the engine takes, so that its own refusal (with Retry-After) comes first.
+        """
+        return self.scheduler.max_num_seqs + self.scheduler.max_num_waiting + 16
+
+    def resolved_redis_url(self) -> str:
+        """Raises ClusterConfigError when neither the configuration nor the environment names a Redis."""
+        url = self.redis_url or os.environ.get("REDIS_URL", "")
+        if not url:
+            raise ClusterConfigError(
+                "redis_url is ''; allowed: a redis:// URL, here or as REDIS_URL in the environment"
+            )
+        return url
+
+
+def key_prefix(app_name: str) -> str:
+    """Of all Redis keys of an application."""
+    return f"brownoutserve:{app_name}"
+
+
+def parse_config(args: Mapping[str, Any]) -> ClusterConfig:
+    """Check the ``args`` of a Serve application. Raises ClusterConfigError."""
+    if not isinstance(args, Mapping):
+        raise ClusterConfigError(f"args is {args!r}; allowed: a mapping of configuration keys")
+    try:
+        # Through JSON, because only there strict mode takes lists for tuples and mappings for dataclasses.
+        return ClusterConfig.model_validate_json(json.dumps(args, default=str))
+    except ValidationError as error:
+        raise ClusterConfigError(describe(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ClusterConfigError(f"args cannot be read: {error}") from error
+
+
+def resolve_path(path: str) -> Path:
+    """An absolute path as it is; a relative one from the working directory, else from the project's root."""
+    given = Path(path).expanduser()
+    if given.is_absolute():
+        return given
+    candidates = (Path.cwd() / given, PROJECT_ROOT / given)
+    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+
+
+def describe(error: ValidationError) -> str:
+    """The first mistake in one sentence: key, value, allowed values."""
+    mistake = error.errors()[0]
+    cause = mistake.get("ctx", {}).get("error")
+    if isinstance(cause, (ConfigError, ControllerConfigError)):
+        return str(cause)
+    key = ".".join(str(part) for part in mistake["loc"]) or "args"
+    if mistake["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key} is {mistake['input']!r}; allowed: no such key{_known_keys(mistake)}"
+    return f"{key} is {mistake['input']!r}; allowed: {_allowed(mistake)}"
+
+
+def _allowed(mistake: ErrorDetails) -> str:
+    text = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return text[0].lower() + text[1:]
+
+
+def _known_keys(mistake: ErrorDetails) -> str:
+    """The keys of the section in which an unknown one was found."""
+    section: Any = ClusterConfig
+    for part in mistake["loc"][:-1]:
+        section = section.model_fields[str(part)].annotation if hasattr(section, "model_fields") else None
+    names = getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", None)
+    return f", one of {', '.join(names)}" if names else ""

@@ -1,0 +1,222 @@
+"""The OpenAI API's request bodies, read strictly: a wrong type is an error that names its field, not a guess.
+
+Unknown fields are accepted and ignored, as clients send many. Ranges are checked by the engine's SamplingParams, so
+that the library and the API agree. Null means "not given".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cluster.ingress.errors import ApiError, Outcome
+from engine.types import SamplingParams
+
+INT64 = 2**63
+TokenId = Annotated[int, Field(ge=0, lt=INT64)]
+
+
+def _texts(value: Any) -> Any:
+    """A string or an array of strings as an array."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError("must be a string or an array of strings")
+
+
+def _prompts(value: Any) -> Any:
+    """One or many prompts, each a string or an array of token ids, as an array of prompts."""
+    prompts = [value] if isinstance(value, str) or _is_token_ids(value) else value
+    if not (isinstance(prompts, list) and all(isinstance(item, str) or _is_token_ids(item) for item in prompts)):
+        raise ValueError("must be a string, an array of strings, an array of token ids, or an array of such arrays")
+    if not prompts or not all(prompts):
+        raise ValueError("must not be empty")
+    return prompts
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < INT64 for item in value)
+
+
+def _content(value: Any) -> Any:
+    """A message's text: a string, or an array of parts of type "text"."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise ValueError("must be a string or an array of content parts")
+    for part in value:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError('must hold parts {"type": "text", "text": "..."} only: this model reads text')
+    return "".join(part["text"] for part in value)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class BrownoutOptions(_Body):
+    """A request's consent to be dimmed; ``max_loss`` is the quality loss it bears, in nats per token."""
+
+    service_class: Literal["standard", "full"] | None = Field(default=None, alias="class")
+    max_loss: Annotated[float, Field(ge=0)] | None = None
+
+
+class GenerationBody(_Body):
+    """What both endpoints share."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Annotated[list[str], BeforeValidator(_texts)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    # Beyond OpenAI, spelled as vLLM spells them.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    brownout: BrownoutOptions | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers per prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def length_limit(self) -> tuple[str, int | None]:
+        """The field that limits the completion's length and its value in tokens, None if the client set none."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report per token; None: no logprobs."""
+        raise NotImplementedError
+
+    def sampling_params(self, max_tokens: int) -> SamplingParams:
+        """For the first choice of a prompt. Raises InvalidRequestError."""
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logit_bias=_logit_bias(self.logit_bias or {}),
+            logprobs=self.num_logprobs,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "min_tokens",
+    "ignore_eos",
+    "include_stop_str_in_output",
+)
+
+
+class ChatMessage(_Body):
+    model_config = ConfigDict(extra="allow", strict=True)  # the chat template may use more of a message
+
+    role: str
+    content: Annotated[str, BeforeValidator(_content)] = ""
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def length_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(Outcome.INVALID, "top_logprobs needs logprobs to be true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions"""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.echo and self.logprobs is not None:
+            raise ApiError(Outcome.INVALID, "logprobs of an echoed prompt are not supported", "echo")
+        return self.logprobs
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+def parse_body(kind: type[Body], raw: bytes) -> Body:
+    """Raises ApiError (invalid) that names the first offending field."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(Outcome.INVALID, f"the request body is not UTF-8 (byte {error.start})") from error
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    mistake = error.errors(include_url=False, include_context=False)[0]
+    if mistake["type"] == "json_invalid":
+        return ApiError(
+            Outcome.INVALID, f"the request body is not valid JSON: {mistake['msg'].removeprefix('Invalid JSON: ')}"
+        )
+    if not mistake["loc"]:
+        return ApiError(Outcome.INVALID, "the request body must be a JSON object")
+    param = ".".join(str(part) for part in mistake["loc"])
+    reason = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "missing":
+        reason = "is required"
+    elif mistake["type"] == "too_short":
+        reason = "must not be empty"
+    elif reason.startswith("Input should be "):
+        reason = "must be " + reason.removeprefix("Input should be ")
+    return ApiError(Outcome.INVALID, f"{param} {reason[0].lower()}{reason[1:]}", param)
+
+
+def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise ApiError(Outcome.INVALID, f"logit_bias keys must be token ids, got {key!r}", "logit_bias")
+    return tuple((int(key), value) for key, value in bias.items())

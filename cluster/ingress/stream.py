@@ -1,0 +1,147 @@
+"""One API request's way through the engines: retried while nothing was said, merged over choices, never hanging."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cluster.ingress.backend import Backend, ReplicaLostError
+from cluster.ingress.errors import ApiError, Outcome, to_api_error
+from cluster.ingress.responses import Choice, Endpoint, usage_object
+from engine.types import FinishReason, GenerationRequest, RequestOutput
+
+NUM_ATTEMPTS = 2
+DONE = b"data: [DONE]\n\n"
+
+
+async def generate(
+    backend: Backend, request: GenerationRequest, arrived_s: float, idle_timeout_s: float
+) -> AsyncGenerator[RequestOutput, None]:
+    """One choice. A replica lost before its first output is replaced by another, once; a silent one is given up.
+
+    ``arrived_s``: when the API request came, on the monotonic clock. Raises ApiError and the engine's refusals.
+    """
+    said_something = False
+    for attempt in range(NUM_ATTEMPTS):
+        # A new id, because the first replica may be alive, only cut off, and still hold the old one.
+        request_id = f"{request.request_id}-retry" if attempt else request.request_id
+        sent = replace(request, request_id=request_id, waited_s=time.monotonic() - arrived_s)
+        try:
+            async with aclosing(backend.generate(sent)) as outputs:
+                async for output in _within(outputs, idle_timeout_s):
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise ApiError(Outcome.BROKEN, output.error or "the engine failed to process the request")
+                    said_something = True
+                    yield output
+                    if output.finished:
+                        return
+            raise ReplicaLostError("the replica ended the request's stream too early")
+        except ReplicaLostError as error:
+            if said_something or attempt == NUM_ATTEMPTS - 1:
+                raise ApiError(Outcome.REPLICA_LOST, str(error)) from error
+
+
+async def _within(outputs: AsyncIterator[RequestOutput], idle_timeout_s: float) -> AsyncIterator[RequestOutput]:
+    """The same outputs; ApiError when one lets wait for more than ``idle_timeout_s``."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_timeout_s):
+                output = await anext(outputs)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise ApiError(Outcome.TIMEOUT, f"the engine said nothing for {idle_timeout_s:g} s") from error
+        yield output
+
+
+async def generate_all(
+    backend: Backend, requests: Sequence[GenerationRequest], arrived_s: float, idle_timeout_s: float
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """(choice, output) of several choices as they come. The first failure ends them all."""
+    if len(requests) == 1:
+        async with aclosing(generate(backend, requests[0], arrived_s, idle_timeout_s)) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    merged: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
+
+    async def pump(index: int, request: GenerationRequest) -> None:
+        try:
+            async with aclosing(generate(backend, request, arrived_s, idle_timeout_s)) as outputs:
+                async for output in outputs:
+                    merged.put_nowait((index, output))
+        except Exception as error:
+            merged.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
+    try:
+        num_open = len(requests)
+        while num_open:
+            index, item = await merged.get()
+            if isinstance(item, Exception):
+                raise item
+            yield index, item
+            num_open -= item.finished
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def sse_events(
+    outputs: AsyncIterator[tuple[int, RequestOutput]],
+    endpoint: Endpoint,
+    choices: Sequence[Choice],
+    num_choices_per_prompt: int,
+    include_usage: bool,
+    on_outcome: Callable[[Outcome], None],
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events as OpenAI sends them. A failure is an event ``{"error": ...}``, then the stream ends."""
+    started: set[int] = set()
+    try:
+        async for index, output in outputs:
+            choice, first = choices[index], index not in started
+            started.add(index)
+            if first or output.text or output.logprobs or output.finished:
+                yield _event(endpoint.chunk(choice, output, first))
+            choice.take(output)
+        if include_usage:
+            yield _event(endpoint.usage_chunk(usage_object(choices, num_choices_per_prompt)))
+        yield DONE
+        on_outcome(Outcome.OK)
+    except Exception as error:
+        failure = to_api_error(error)
+        on_outcome(failure.outcome)
+        yield _event(failure.body())
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+class EventStreamResponse(StreamingResponse):
+    """Awaits ``on_end`` however the stream ends: done, failed, or the client gone before the first byte."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_end: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._events = events
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
+        finally:
+            await self._on_end()

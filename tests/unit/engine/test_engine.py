@@ -1,0 +1,264 @@
+"""The engine alone, synchronously: ends of requests, consent, exhaustion, residency."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.types import (
+    BrownoutSetting,
+    EngineBusyError,
+    FinishReason,
+    GenerationRequest,
+    InvalidRequestError,
+    RequestOutput,
+    SamplingParams,
+    ServiceClass,
+)
+from tests.models import write_config
+
+UNITED = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0)
+TOP_LEVEL = 4
+PROMPT = tuple(range(100, 140))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_config(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def make_engine(model: str, clock: Clock | None = None, **parts: object) -> Engine:
+    parts.setdefault("scheduler", SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64))
+    config = EngineConfig(ModelConfig(model, load_format="random"), **parts)  # type: ignore[arg-type]
+    return Engine(config, clock or Clock())
+
+
+def request(request_id: str = "a", prompt: tuple[int, ...] = PROMPT, **options: object) -> GenerationRequest:
+    service_class = options.pop("service_class", ServiceClass.STANDARD)
+    params = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | options
+    return GenerationRequest(request_id, prompt, SamplingParams(**params), service_class)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
+    for r in requests:
+        engine.add(r)
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    return outputs
+
+
+def tokens(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_length_ends_a_request_and_usage_adds_up(model: str) -> None:
+    outputs = run(make_engine(model), request(max_tokens=5))["a"]
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    usage = outputs[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (len(PROMPT), 5, 0)
+    # 3 layers x 4 experts for each computed token; the last generated one is never computed.
+    assert usage.brownout.routed_pairs == (len(PROMPT) + 4) * 12
+    assert usage.brownout.dimmed_pairs == 0
+
+
+def test_stop_token_ends_a_request(model: str) -> None:
+    engine = make_engine(model)
+    first = tokens(run(engine, request())["a"])
+    stopped = run(engine, request("b", stop_token_ids=(first[3],)))["b"]
+    assert tokens(stopped) == first[: first.index(first[3]) + 1]
+    assert stopped[-1].finish_reason is FinishReason.STOP
+    assert stopped[-1].stop_reason == first[3]
+
+
+def test_stop_string_ends_a_request_and_is_not_shown(model: str) -> None:
+    engine = make_engine(model)
+    text = "".join(o.text for o in run(engine, request())["a"])
+    stop = text[4:7]
+    outputs = run(engine, request("b", stop=(stop,)))["b"]
+    assert "".join(o.text for o in outputs) == text[: text.index(stop)]
+    assert outputs[-1].stop_reason == stop
+
+
+def test_min_tokens_defers_stopping(model: str) -> None:
+    engine = make_engine(model)
+    first = tokens(run(engine, request())["a"])
+    outputs = run(engine, request("b", stop_token_ids=tuple(set(first)), min_tokens=6))["b"]
+    assert len(tokens(outputs)) >= 6
+
+
+def test_the_context_length_ends_a_request(model: str) -> None:
+    engine = make_engine(model, cache=CacheConfig(block_size=16, num_blocks=5))
+    assert engine.info.max_model_len == 64
+    outputs = run(engine, request(max_tokens=64 - len(PROMPT)))["a"]
+    assert len(tokens(outputs)) == 64 - len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        (request(prompt=()), "prompt"),
+        (request(prompt=(5000,)), "prompt"),
+        (request(prompt=tuple(range(600)), max_tokens=1), "prompt"),
+        (request(max_tokens=500), "max_tokens"),
+        (request(logit_bias=((4096, 1.0),)), "logit_bias"),
+    ],
+)
+def test_impossible_requests_are_refused_and_leave_nothing(model: str, bad: GenerationRequest, param: str) -> None:
+    engine = make_engine(model)
+    with pytest.raises(InvalidRequestError) as error:
+        engine.add(bad)
+    assert error.value.param == param
+    assert not engine.has_work
+
+
+def test_a_full_queue_is_busy(model: str) -> None:
+    scheduler = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, max_num_waiting=2)
+    engine = make_engine(model, scheduler=scheduler)
+    engine.add(request("a"))
+    engine.add(request("b"))
+    with pytest.raises(EngineBusyError):
+        engine.add(request("c"))
+
+
+def test_abort_frees_blocks_at_once(model: str) -> None:
+    engine = make_engine(model)
+    for request_id in "ab":
+        engine.add(request(request_id, prompt=tuple(ord(request_id) + t for t in PROMPT)))
+    engine.step()
+    used = engine.scheduler.blocks.num_used
+    output = engine.abort("a")
+    assert output is not None
+    assert output.finish_reason is FinishReason.ABORT
+    assert engine.scheduler.blocks.num_used == used // 2
+    assert engine.abort("a") is None
+    assert len(tokens([o for _ in range(9) for o in engine.step()])) >= 6
+
+
+def test_running_out_of_blocks_preempts_and_everyone_finishes(model: str) -> None:
+    plenty = make_engine(model)
+    scarce = make_engine(model, cache=CacheConfig(block_size=4, num_blocks=30))
+    requests = [request(str(i), prompt=tuple(range(i, i + 20)), max_tokens=40) for i in range(6)]
+    expected = run(plenty, *requests)
+    outputs = run(scarce, *requests)
+    assert scarce.stats().num_preemptions > 0
+    assert {k: tokens(v) for k, v in outputs.items()} == {k: tokens(v) for k, v in expected.items()}
+    assert scarce.scheduler.blocks.num_used == 0
+
+
+def test_a_pinned_level_dims_all_but_full_class_requests(model: str) -> None:
+    engine = make_engine(model, brownout=UNITED)
+    exact = tokens(run(engine, request("exact"))["exact"])
+    engine.scheduler.blocks.clear_prefix()
+    engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
+    others = [request(f"other{i}", prompt=tuple(range(i * 50, i * 50 + 40))) for i in range(3)]
+    outputs = run(engine, request("full", service_class=ServiceClass.FULL), *others)
+    assert tokens(outputs["full"]) == exact
+    usages = {request_id: parts[-1].usage for request_id, parts in outputs.items()}
+    full, other = usages["full"], usages["other0"]
+    assert full is not None
+    assert other is not None
+    assert (full.brownout.dimmed_pairs, full.brownout.level_peak) == (0, 0)
+    assert other.brownout.dimmed_pairs > 0
+    assert (other.brownout.level_peak, other.brownout.level_mean) == (TOP_LEVEL, TOP_LEVEL)
+    total = sum(u.brownout.dimmed_pairs for u in usages.values() if u is not None)
+    assert engine.recorder.totals().dimmed_pairs == total
+
+
+def test_a_dimmed_prefix_is_never_reused_by_a_full_class_request(model: str) -> None:
+    engine = make_engine(model, brownout=UNITED)
+    exact = tokens(run(engine, request("exact"))["exact"])
+    engine.scheduler.blocks.clear_prefix()
+    engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
+    run(engine, request("dimmed"))
+    outputs = run(engine, request("again"), request("full", service_class=ServiceClass.FULL))
+    again, full = outputs["again"][-1].usage, outputs["full"][-1].usage
+    assert again is not None
+    assert full is not None
+    assert again.cached_tokens == 32
+    assert full.cached_tokens == 0
+    assert tokens(outputs["full"]) == exact
+
+
+def test_an_unmeasured_ladder_is_not_climbed_unless_allowed_by_name(model: str) -> None:
+    unmeasured = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, profile_repeats=0)
+    engine = make_engine(model, brownout=unmeasured)
+    engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
+    usage = run(engine, request())["a"][-1].usage
+    assert usage is not None
+    assert usage.brownout.dimmed_pairs == 0
+
+
+def test_settings_are_ordered_and_leased(model: str) -> None:
+    clock = Clock()
+    engine = make_engine(model, clock, brownout=UNITED)
+    pinned = BrownoutSetting.pinned(TOP_LEVEL)
+    newer = BrownoutSetting(pinned.prefill, pinned.decode, epoch=2, version=7, lease_s=2.0)
+    older = BrownoutSetting(pinned.prefill, pinned.decode, epoch=1, version=9)
+    assert engine.apply_setting(newer)
+    assert not engine.apply_setting(older)
+    usage = run(engine, request())["a"][-1].usage
+    assert usage is not None
+    assert (usage.brownout.level_peak, usage.brownout.setting_version) == (TOP_LEVEL, 7)
+    clock.now_s += 2.5
+    assert engine.stats().lease_expired
+    usage = run(engine, request("b"))["b"][-1].usage
+    assert usage is not None
+    assert usage.brownout.level_peak == 0
+    assert engine.apply_setting(newer)  # a renewal
+    assert not engine.stats().lease_expired
+
+
+def test_the_model_can_be_left_and_taken_up_between_steps(model: str) -> None:
+    expected = tokens(run(make_engine(model), request())["a"])
+    engine = make_engine(model)
+    engine.add(request())
+    outputs = engine.step() + engine.step()
+    slot = engine.leave()
+    assert not engine.has_work
+    assert engine.step() == []
+    engine.take_up(slot)
+    while engine.has_work:
+        outputs += engine.step()
+    assert tokens(outputs) == expected
+
+
+def test_nothing_else_holds_on_to_a_slot(model: str) -> None:
+    engine = make_engine(model)
+    run(engine, request())
+    slot = engine.leave()
+    parts = [weakref.ref(slot), weakref.ref(slot.model), weakref.ref(slot.kv), weakref.ref(slot.kv.keys)]
+    del slot
+    gc.collect()
+    assert [part() for part in parts] == [None] * len(parts)
+
+
+def test_seeded_sampling_does_not_depend_on_neighbours(model: str) -> None:
+    engine = make_engine(model)
+    alone = tokens(run(engine, request(temperature=1.0, seed=5))["a"])
+    neighbours = [request(str(i), prompt=tuple(range(i, i + 30)), temperature=1.0) for i in range(5)]
+    assert tokens(run(engine, request(temperature=1.0, seed=5), *neighbours)["a"]) == alone
+    assert tokens(run(engine, request(temperature=1.0, seed=6))["a"]) != alone
+
+
+def test_logprobs_come_with_their_tokens(model: str) -> None:
+    outputs = run(make_engine(model), request(logprobs=3))["a"]
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    assert [entry.token_id for entry in logprobs] == tokens(outputs)
+    for entry in logprobs:
+        assert len(entry.top) == 3
+        assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))  # greedy takes the likeliest

@@ -1,0 +1,240 @@
+"""Each sampling option against a plain one-row reference or a closed form, and the draw against its distribution."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from engine.sampling import SamplingState, _truncate, sample
+from engine.types import InvalidRequestError, SamplingParams
+
+VOCAB = 50
+
+
+def make_state(prompt_ids=(), stop_ids=(), vocab_size=VOCAB, fallback_seed=0, **params) -> SamplingState:
+    return SamplingState(
+        SamplingParams(**params), tuple(prompt_ids), vocab_size, frozenset(stop_ids), "cpu", fallback_seed
+    )
+
+
+def random_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB) -> torch.Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draw(row: list[float], num_draws: int, seed: int = 5, **params) -> Counter:
+    state = make_state(vocab_size=len(row), seed=seed, **params)
+    logits = torch.tensor([row])
+    return Counter(sample(logits, [state]).token_ids[0] for _ in range(num_draws))
+
+
+def softmax(row: list[float]) -> list[float]:
+    exps = [math.exp(x - max(row)) for x in row]
+    return [x / sum(exps) for x in exps]
+
+
+def reference_adjusted(row: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """logit_bias and penalties, as their documentation words them, one token at a time."""
+    bias = dict(params.logit_bias)
+    adjusted = []
+    for token_id, logit in enumerate(row):
+        value = logit + bias.get(token_id, 0.0)
+        if token_id in prompt or token_id in output:
+            value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+        value -= params.frequency_penalty * output.count(token_id)
+        value -= params.presence_penalty * (token_id in output)
+        adjusted.append(value)
+    return adjusted
+
+
+def reference_support(row: list[float], params: SamplingParams) -> dict[int, float]:
+    """token |-> probability after temperature, min_p, top_k and top_p, by the definition of each."""
+    probs = dict(enumerate(softmax([x / params.temperature for x in row])))
+    probs = {t: p for t, p in probs.items() if p >= params.min_p * max(probs.values())}
+    ranked = sorted(probs, key=lambda t: -probs[t])
+    if params.top_k != -1:
+        ranked = ranked[: params.top_k]
+    total = sum(probs[t] for t in ranked)
+    kept, mass = [], 0.0
+    for token_id in ranked:
+        if mass >= params.top_p:
+            break
+        kept.append(token_id)
+        mass += probs[token_id] / total
+    kept_mass = sum(probs[t] for t in kept)
+    return {t: probs[t] / kept_mass for t in kept}
+
+
+def test_greedy_rows_take_the_argmax():
+    logits = random_logits(4)
+    result = sample(logits, [make_state(temperature=0) for _ in range(4)])
+    assert result.token_ids == logits.argmax(-1).tolist()
+    assert result.logprobs == [None] * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bias_and_penalties_match_the_reference(seed):
+    rng = random.Random(seed)
+    params = {
+        "repetition_penalty": rng.choice([1.0, 0.7, 1.8]),
+        "presence_penalty": rng.choice([0.0, -1.5, 1.5]),
+        "frequency_penalty": rng.choice([0.0, -0.5, 0.8]),
+        "logit_bias": tuple((t, rng.uniform(-9, 9)) for t in rng.sample(range(VOCAB), rng.choice([0, 4]))),
+    }
+    prompt, output = rng.choices(range(VOCAB), k=12), rng.choices(range(VOCAB), k=20)
+    state = make_state(prompt, temperature=0, **params)
+    for token_id in output:
+        state.append(token_id)
+    logits = random_logits(1, seed)
+    expected = reference_adjusted(logits[0].tolist(), state.params, prompt, output)
+    adjusted = logits[0].clone()
+    state.adjust_(adjusted)
+    torch.testing.assert_close(adjusted, torch.tensor(expected))
+    assert sample(logits, [state]).token_ids == [max(range(VOCAB), key=lambda t: expected[t])]
+
+
+def test_the_callers_logits_are_left_alone():
+    logits = random_logits(3)
+    before = logits.clone()
+    sample(logits, [make_state(logit_bias=((3, 50.0),)), make_state(top_p=0.5, min_p=0.1), make_state(temperature=0)])
+    assert torch.equal(logits, before)
+
+
+def test_stop_ids_are_masked_until_min_tokens():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 10
+    logits[0, 8] = 9
+    logits[0, 9] = 8
+    state = make_state(stop_ids=(7, 8, VOCAB + 5), temperature=0, min_tokens=2)
+    tokens = []
+    for _ in range(3):
+        tokens += sample(logits, [state]).token_ids
+        state.append(tokens[-1])
+    assert tokens == [9, 9, 7]
+
+
+def test_logit_bias_can_force_a_token():
+    assert sample(random_logits(1), [make_state(logit_bias=((11, 100.0),), seed=1)]).token_ids == [11]
+
+
+def test_logit_bias_beyond_the_vocabulary():
+    with pytest.raises(InvalidRequestError) as caught:
+        make_state(logit_bias=((VOCAB, 1.0),))
+    assert caught.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 3},
+        {"top_k": 1},
+        {"top_k": 1000},
+        {"top_p": 0.6},
+        {"top_p": 1e-6},
+        {"min_p": 0.3},
+        {"min_p": 1.0},
+        {"temperature": 0.5, "top_p": 0.9},
+        {"temperature": 2.0, "min_p": 0.2, "top_k": 4, "top_p": 0.7},
+    ],
+)
+def test_only_tokens_of_the_reference_support_are_drawn_each_with_its_share(params):
+    row = [2.0, 1.5, 1.0, 0.0, -0.5, 0.7, -1.0, 1.9]
+    num_draws = 3000
+    counts = draw(row, num_draws, **params)
+    expected = reference_support(row, SamplingParams(**params))
+    assert set(counts) == set(expected)
+    chi_square = sum((counts[t] - num_draws * p) ** 2 / (num_draws * p) for t, p in expected.items())
+    assert chi_square < 30  # p < 0.001 at 8 degrees of freedom is 26.1; the seed is fixed
+
+
+def test_the_plain_draw_has_the_softmax_distribution():
+    row = random_logits(1, vocab_size=20)[0].tolist()
+    num_draws = 20_000
+    counts = draw(row, num_draws)
+    for token_id, prob in enumerate(softmax(row)):
+        deviation = math.sqrt(num_draws * prob * (1 - prob))
+        assert abs(counts[token_id] - num_draws * prob) < 4 * deviation + 1
+
+
+def test_equal_logits_at_the_top_k_edge_keep_exactly_k():
+    assert set(draw([1.0] * 6, 500, top_k=2)) == {0, 1}
+
+
+def test_rounding_drops_no_token_of_a_row_without_top_p():
+    kept = _truncate(torch.tensor([[-30.0, 0.0, -40.0]]), [SamplingParams(top_k=2)])
+    assert kept.tolist() == [[-30.0, 0.0, -math.inf]]  # softmax(-30) vanishes beside 1 in float32
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = random_logits(8)
+    states = [make_state(temperature=1e-30, seed=i, top_p=0.9 if i % 2 else 1.0) for i in range(8)]
+    assert sample(logits, states).token_ids == logits.argmax(-1).tolist()
+
+
+def test_masked_tokens_are_never_drawn():
+    row = [-math.inf] * 30 + [0.0, 1.0]
+    assert set(draw(row, 500)) == {30, 31}
+    assert set(draw(row, 500, top_p=0.999)) == {30, 31}
+
+
+def generate(seeded: SamplingState, logits: torch.Tensor, neighbours: list[SamplingState], place: int) -> list[int]:
+    states = [*neighbours[:place], seeded, *neighbours[place:]]
+    tokens = []
+    for step, row in enumerate(logits):
+        batch = random_logits(len(states), seed=1000 + step)
+        batch[place] = row
+        chosen = sample(batch, states).token_ids
+        tokens.append(chosen[place])
+        for state, token_id in zip(states, chosen, strict=True):
+            state.append(token_id)
+    return tokens
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.01}, {"presence_penalty": 1.0}])
+def test_a_seeded_row_does_not_depend_on_its_neighbours(params):
+    logits = random_logits(30, seed=9)
+    alone = generate(make_state(seed=42, fallback_seed=1, **params), logits, [], 0)
+    for place in (0, 2, 4):
+        neighbours = [
+            make_state(temperature=0),
+            make_state(top_k=5, fallback_seed=3),
+            make_state(frequency_penalty=1.0, logprobs=4),
+            make_state(top_p=0.3, min_p=0.1, logit_bias=((1, 5.0),)),
+        ]
+        assert generate(make_state(seed=42, fallback_seed=2, **params), logits, neighbours, place) == alone
+
+
+def test_seeds_tell_rows_apart():
+    logits = torch.zeros(1, VOCAB)
+    runs = {
+        tuple(sample(logits, [state]).token_ids[0] for _ in range(8))
+        for state in (make_state(seed=1), make_state(seed=2), make_state(fallback_seed=3), make_state(seed=-1))
+    }
+    assert len(runs) == 4
+    assert make_state(seed=2**64 + 5)  # any integer is a seed
+
+
+def test_logprobs_are_the_raw_models():
+    logits = random_logits(3)
+    states = [
+        make_state(temperature=0, logprobs=3, logit_bias=((5, 100.0),)),
+        make_state(temperature=0),
+        make_state(temperature=1.7, logprobs=0, top_k=4, seed=3),
+    ]
+    result = sample(logits, states)
+    reference = logits.double().log_softmax(-1)
+    first, second, third = result.logprobs
+    assert second is None
+    assert first.token_id == result.token_ids[0] == 5
+    assert first.logprob == pytest.approx(reference[0, 5].item(), abs=1e-5)
+    values, ids = reference[0].topk(3)
+    assert [token_id for token_id, _ in first.top] == ids.tolist()
+    assert [logprob for _, logprob in first.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert third.token_id == result.token_ids[2]
+    assert third.logprob == pytest.approx(reference[2, third.token_id].item(), abs=1e-5)
+    assert third.top == ()
+
+
+def test_no_rows():
+    assert sample(torch.zeros(0, VOCAB), []).token_ids == []
