@@ -11,8 +11,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
 from benchmarks.loadgen.in_process import EngineClient
 from benchmarks.report import percentile
@@ -97,7 +95,7 @@ def main() -> int:
         for f in figures
     ]
     header = ("level", "name", "step (ms)", "of level 0", "tokens/s", "TPOT p50 (ms)", "dimmed pairs")
-    Console().print(markdown_table(header, rows), markup=False)
+    print(markdown_table(header, rows))
     return 0
 
 

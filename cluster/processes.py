@@ -1,0 +1,100 @@
+"""Processes of a local cluster: started so that they end with us, found again by a mark, ended to the last one.
+
+Every process of a cluster inherits an environment variable with the cluster's own value. That finds workers, proxies
+and their children wherever Ray has put them, and never a process of another cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+MARK = "BROWNOUTSERVE_CLUSTER"
+
+# Asks the kernel for SIGTERM when the parent's thread ends, then becomes the command. A short interpreter start instead
+# of a preexec_fn, because Python code between fork and exec may deadlock in a parent that runs gRPC or Ray threads.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("parent is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start ``command`` in a session of its own (Ctrl-C is ours alone), output to ``log``, ended with this thread."""
+    launcher = [sys.executable, "-ISc", _END_WITH_PARENT, str(os.getpid()), *command]
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            launcher,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def marked_pids(value: str) -> list[int]:
+    """Processes whose environment carries the mark with ``value``."""
+    entry = f"{MARK}={value}".encode()
+    pids = []
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit():
+            continue
+        try:
+            environment = (directory / "environ").read_bytes()
+        except OSError:  # gone, or another user's
+            continue
+        if entry in environment.split(b"\0"):
+            pids.append(int(directory.name))
+    return pids
+
+
+def end_marked(value: str, grace_s: float) -> None:
+    """SIGTERM to all marked processes, SIGKILL to those that are there after ``grace_s``."""
+    _signal_all(marked_pids(value), signal.SIGTERM)
+    deadline_s = time.monotonic() + grace_s
+    while (pids := marked_pids(value)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    while pids := marked_pids(value):  # again, because a process may have started another meanwhile
+        _signal_all(pids, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different free ports; another process may still take one before it is used."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()

@@ -1,0 +1,128 @@
+"""A Ray head node of our own on this machine: loopback only, its own ports and folder, fast streaming settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from cluster.config import PROJECT_ROOT
+from cluster.processes import MARK, end_marked, free_ports, is_port_free, spawn
+
+HOST = "127.0.0.1"
+DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look
+START_TIMEOUT_S = 60.0
+STOP_GRACE_S = 3.0
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # tokens do not pass through it; Ray's least is 75 MiB
+
+
+class ClusterStartError(RuntimeError):
+    """The cluster cannot be started or has failed, in one sentence."""
+
+
+class RayHead:
+    """One head node with all that it starts. ``directory`` must have a short path: Ray puts sockets below it."""
+
+    def __init__(self, directory: Path, num_cpus: int, env: dict[str, str]) -> None:
+        self._directory = directory
+        self._num_cpus = num_cpus
+        self._env = env
+        self._mark = directory.name
+        self._process: subprocess.Popen[bytes] | None = None
+        self.gcs_address = ""
+        self.dashboard_url = ""
+
+    def start(self) -> None:
+        """Return once the dashboard answers. Raises ClusterStartError."""
+        gcs_port, dashboard_port, agent_port, *haproxy_ports = free_ports(5, HOST)
+        if is_port_free(DASHBOARD_PORT, HOST):
+            dashboard_port = DASHBOARD_PORT
+        self.gcs_address = f"{HOST}:{gcs_port}"
+        self.dashboard_url = f"http://{HOST}:{dashboard_port}"
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            f"--node-ip-address={HOST}",
+            f"--port={gcs_port}",
+            f"--dashboard-host={HOST}",
+            f"--dashboard-port={dashboard_port}",
+            f"--dashboard-agent-listen-port={agent_port}",
+            f"--num-cpus={self._num_cpus}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            f"--temp-dir={self._directory}",
+            "--ray-client-server-port=0",
+            "--include-log-monitor=False",
+            "--disable-usage-stats",
+        ]
+        env = {**self._environment(haproxy_ports), **self._env}
+        self._process = spawn(command, env, Path.cwd(), self._log)
+        self._wait_for_dashboard()
+
+    def check(self) -> None:
+        """Raises ClusterStartError when the node has ended by itself."""
+        if self._process is None or self._process.poll() is not None:
+            raise ClusterStartError(f"Ray has ended: {self._last_words()}")
+
+    def stop(self) -> None:
+        """End every process of this node, and no other."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        end_marked(self._mark, STOP_GRACE_S)
+        process.wait()
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "ray.log"
+
+    def _environment(self, haproxy_ports: list[int]) -> dict[str, str]:
+        """What all of Ray's processes see. Settings of Serve are read from it when a process starts."""
+        inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+        stats_port, metrics_port = haproxy_ports
+        haproxy = self._directory / "haproxy"
+        search_path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
+        return {
+            # Reached from this machine only, so it runs without a token unless the user asks for one: with it, `serve
+            # status` in another shell would need RAY_AUTH_MODE too.
+            "RAY_AUTH_MODE": "disabled",
+            # The fast data plane: HAProxy straight to the ingress replicas, gRPC from there to the engines, no extra
+            # threads between (measured: a quarter of the CPU per token of Serve's defaults).
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            **inherited,
+            # Of this cluster alone, or two clusters on one machine would share them.
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "PYTHONPATH": search_path,
+            MARK: self._mark,
+        }
+
+    def _wait_for_dashboard(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            self.check()
+            try:
+                with urllib.request.urlopen(f"{self.dashboard_url}/api/version", timeout=2):
+                    return
+            except urllib.error.HTTPError:  # it answers, if only to ask for a token
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise ClusterStartError(f"Ray did not start within {START_TIMEOUT_S:g} s: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        failures = [line for line in lines if "rror" in line]
+        return (failures or lines or ["it printed nothing"])[-1]
