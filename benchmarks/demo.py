@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cluster.local import LocalCluster
 from rich.console import Console
 
 from benchmarks.live import RequestMonitor, every
@@ -26,10 +26,11 @@ from benchmarks.report import Slo, measure
 from benchmarks.scenario import REPOSITORY, Scenario, ScenarioError, load_scenario
 from benchmarks.summary import Measurement, Run, render_table, write_results
 from benchmarks.workloads.workload import Workload
+from cluster.local import LocalCluster
 from cluster.serve_file import ServeFile, load_serve_file
 from engine.config import ConfigError
 
-POLICIES = {"off": "off", "on": "predictive"}  # run -> the controller's policy
+POLICIES = {"off": "off", "on": "auto"}  # run -> the controller's policy; auto: the law of the Serve file
 SAMPLE_PERIOD_S = 0.25
 
 
@@ -113,8 +114,7 @@ class BurstDemo:
         with self._console.status(f"brownout {name}") as status:
 
             def sample(at_s: float) -> None:
-                level = controller.status()["observation"]["level_now"]
-                levels.append(LevelSample(at_s, level))
+                levels.append(LevelSample(at_s, level := _level_now(controller.status())))
                 phase = self._scenario.phase_at(at_s)
                 progress = monitor.progress(at_s, len(workload.arrivals))
                 status.update(f"brownout {name}  {at_s:5.1f} s {phase:5}  {progress}  level {level:.1f}")
@@ -127,6 +127,13 @@ class BurstDemo:
             f"{metrics.violation_s} s in violation, SLO attainment {metrics.slo_attainment:.1%}"
         )
         return Run(metrics, records, levels)
+
+
+def _level_now(status: dict[str, Any]) -> float:
+    """Mean decode level of the replicas of the cluster's one model."""
+    (model,) = status["models"].values()
+    level: float = model["observation"]["level_now"]
+    return level
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.local import LocalCluster
-from rich.console import Console
-
 from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
 from benchmarks.loadgen.in_process import EngineClient
@@ -24,6 +21,7 @@ from benchmarks.loadgen.record import RequestRecord
 from benchmarks.report import percentile
 from benchmarks.results import RESULTS, markdown_table, write_result
 from benchmarks.scenario import REPOSITORY, Scenario, load_scenario
+from cluster.local import LocalCluster
 from cluster.serve_file import IMPORT_PATH, ServeFile, load_serve_file, parse_serve_document
 from engine.async_engine import AsyncEngine
 
@@ -85,11 +83,8 @@ def main() -> int:
     serve_file = one_replica(load_serve_file(scenario.serve_config_path))
     loop_spec = ClosedLoop(arguments.concurrency, ramp_s=5.0, measure_s=arguments.measure_s)
     figures = {"engine alone": asyncio.run(measure_engine(serve_file, scenario, loop_spec))}
-    cluster = LocalCluster.start(serve_file)
-    try:
+    with LocalCluster.start(serve_file) as cluster:
         figures["through HTTP"] = asyncio.run(measure_http(cluster, scenario, loop_spec))
-    finally:
-        cluster.stop()
     _report(figures, scenario, loop_spec, arguments.out)
     return 0
 
@@ -109,11 +104,9 @@ def _report(figures: dict[str, PathFigures], scenario: Scenario, loop_spec: Clos
         (name, f"{f.req_s:.2f}", f"{f.tok_s:.0f}", f"{f.ttft_p50_s or 0:.3f}", f"{f.tpot_p50_s or 0:.3f}")
         for name, f in figures.items()
     ]
-    console = Console(soft_wrap=True)
-    console.print(
-        markdown_table(("path", "requests/s", "tokens/s", "TTFT p50 (s)", "TPOT p50 (s)"), rows), markup=False
-    )
-    console.print(f"The serving path costs {serving_share:.1%} of the engine's tokens per second.")
+    header = ("path", "requests/s", "tokens/s", "TTFT p50 (s)", "TPOT p50 (s)")
+    print(markdown_table(header, rows))
+    print(f"The serving path costs {serving_share:.1%} of the engine's tokens per second.")
 
 
 if __name__ == "__main__":

@@ -92,19 +92,16 @@ class ControllerLocator:
         return address
 
     def _get_or_create(self) -> ActorHandle:
-        actor: ActorHandle = (
-            ray.remote(ControllerHost)
-            .options(
-                name=self._name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
-            )
-            .remote(self._config, self._redis_url)
-        )
+        host: Any = ray.remote(ControllerHost)
+        actor: ActorHandle = host.options(
+            name=self._name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+        ).remote(self._config, self._redis_url)
         return actor
 
     async def _replace_if_outdated(self, actor: ActorHandle) -> ActorHandle:

@@ -8,9 +8,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.config import PROJECT_ROOT
+from cluster.errors import ClusterError
 from cluster.processes import MARK, end_marked, free_ports, is_port_free, spawn
 
 HOST = "127.0.0.1"
@@ -20,25 +22,20 @@ STOP_GRACE_S = 3.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # tokens do not pass through it; Ray's least is 75 MiB
 
 
-class ClusterStartError(RuntimeError):
-    """The cluster cannot be started or has failed, in one sentence."""
-
-
 class RayHead:
     """One head node with all that it starts. ``directory`` must have a short path: Ray puts sockets below it."""
 
-    def __init__(self, directory: Path, num_cpus: int, env: dict[str, str]) -> None:
+    def __init__(self, directory: Path, num_cpus: int) -> None:
         self._directory = directory
         self._num_cpus = num_cpus
-        self._env = env
         self._mark = directory.name
         self._process: subprocess.Popen[bytes] | None = None
         self.gcs_address = ""
         self.dashboard_url = ""
 
-    def start(self) -> None:
-        """Return once the dashboard answers. Raises ClusterStartError."""
-        gcs_port, dashboard_port, agent_port, *haproxy_ports = free_ports(5, HOST)
+    def start(self, env: Mapping[str, str]) -> None:
+        """Return once the dashboard answers; ``env`` is added to what Ray's processes see. Raises ClusterError."""
+        gcs_port, dashboard_port, agent_port, client_port, *haproxy_ports = free_ports(6, HOST)
         if is_port_free(DASHBOARD_PORT, HOST):
             dashboard_port = DASHBOARD_PORT
         self.gcs_address = f"{HOST}:{gcs_port}"
@@ -53,18 +50,17 @@ class RayHead:
             f"--num-cpus={self._num_cpus}",
             f"--object-store-memory={OBJECT_STORE_BYTES}",
             f"--temp-dir={self._directory}",
-            "--ray-client-server-port=0",
+            f"--ray-client-server-port={client_port}",
             "--include-log-monitor=False",
             "--disable-usage-stats",
         ]
-        env = {**self._environment(haproxy_ports), **self._env}
-        self._process = spawn(command, env, Path.cwd(), self._log)
+        self._process = spawn(command, {**self._environment(haproxy_ports), **env}, Path.cwd(), self._log)
         self._wait_for_dashboard()
 
     def check(self) -> None:
-        """Raises ClusterStartError when the node has ended by itself."""
+        """Raises ClusterError when the node has ended by itself."""
         if self._process is None or self._process.poll() is not None:
-            raise ClusterStartError(f"Ray has ended: {self._last_words()}")
+            raise ClusterError(f"Ray has ended: {self._last_words()}")
 
     def stop(self) -> None:
         """End every process of this node, and no other."""
@@ -82,12 +78,13 @@ class RayHead:
         """What all of Ray's processes see. Settings of Serve are read from it when a process starts."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
         stats_port, metrics_port = haproxy_ports
-        haproxy = self._directory / "haproxy"
+        haproxy = self._directory / "h"  # a socket path holds 107 bytes, and a node id takes 56 of them
         search_path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
         return {
             # Reached from this machine only, so it runs without a token unless the user asks for one: with it, `serve
             # status` in another shell would need RAY_AUTH_MODE too.
             "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # elsewhere than on Linux Ray's default: listen on loopback only
             # The fast data plane: HAProxy straight to the ingress replicas, gRPC from there to the engines, no extra
             # threads between (measured: a quarter of the CPU per token of Serve's defaults).
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -120,7 +117,7 @@ class RayHead:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise ClusterStartError(f"Ray did not start within {START_TIMEOUT_S:g} s: {self._last_words()}")
+        raise ClusterError(f"Ray did not start within {START_TIMEOUT_S:g} s: {self._last_words()}")
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]

@@ -61,10 +61,9 @@ class ControllerService:
         try:
             port = self._server.add_insecure_port(place)
         except RuntimeError as error:
+            await self._server.stop(None)
             await self._store.close()
-            raise OSError(
-                f"the controller cannot listen on {place}: the port is taken or the address is not ours"
-            ) from error
+            raise OSError(f"the controller cannot listen on {place}: the port is taken or not ours to bind") from error
         await self._server.start()
         self.address = f"{self._config.host}:{port}"
         self._tasks = [asyncio.create_task(self._tick_loop()), asyncio.create_task(self._save_loop())]

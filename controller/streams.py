@@ -16,10 +16,12 @@ from protos import control_pb2, control_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+MAX_SILENCE_S = 30.0  # far beyond stale: the replica's host is gone, or it will connect again
+
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second controller on our port must fail, not share it
     ("grpc.max_receive_message_length", 1 << 20),
-    ("grpc.keepalive_time_ms", 1000),  # a dead replica is noticed within 2 s
+    ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),  # the replicas' own keepalive is welcome
@@ -73,8 +75,14 @@ class StreamServicer(control_pb2_grpc.ControlServicer):
         sender = asyncio.create_task(_forward(stream, context))
         log.info("replica %s of %s connected", hello.replica_id, hello.model_id)
         try:
-            async for message in messages:
+            while True:
+                async with asyncio.timeout(MAX_SILENCE_S):
+                    message = await anext(messages)
                 self._take(message, hello, stream)
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            log.warning("replica %s of %s said nothing for %g s", hello.replica_id, hello.model_id, MAX_SILENCE_S)
         finally:
             sender.cancel()
             self._hub.leave(stream, hello)

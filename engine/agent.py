@@ -27,9 +27,8 @@ ADDRESS_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 2.0
 
 _CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 1000),  # a dead controller is noticed within 2 s
+    ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),  # or a new channel would inherit the old one's connect backoff
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -104,8 +103,16 @@ class TelemetryAgent:
             await call.write(control_pb2.ReplicaMessage(hello=self._hello()))
         reporter = asyncio.create_task(self._report(call))
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
+            # A controller renews leases long before they end, so silence for a whole lease means that it is gone or
+            # hangs. gRPC's keepalive would notice neither a hanging event loop nor a peer that we keep writing to.
+            silence_s = HELLO_TIMEOUT_S
+            while True:
+                async with asyncio.timeout(silence_s):
+                    message = await call.read()
+                if message is grpc.aio.EOF:
+                    return
                 self._receive(message)
+                silence_s = max(message.setting.lease_s, 2 * self._period_s)
         finally:
             reporter.cancel()
             call.cancel()

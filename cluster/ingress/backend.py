@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 from ray.exceptions import RayError
@@ -49,7 +49,7 @@ class ServeBackend:
 
     def __init__(self, engines: DeploymentHandle) -> None:
         self._engines = engines
-        self._generate = engines.options(stream=True).generate
+        self._generate: Any = engines.options(stream=True).generate
         self._info: ModelInfo | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:

@@ -83,5 +83,5 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(json.dumps(content), status, dict(headers or {}), media_type="application/json")
 
 
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    return json_response(error.body(), error.outcome.status, {**(headers or {}), **error.headers()})
+def error_response(error: ApiError) -> Response:
+    return json_response(error.body(), error.outcome.status, error.headers())

@@ -32,7 +32,10 @@ class Job:
 
 
 def take_request_id(headers: Mapping[str, str]) -> str:
-    """The client's id if it is a sensible one, else a new one."""
+    """The client's id, or the one that Serve gave it, if it is a sensible one; else a new one.
+
+    Serve sends the header back with the response.
+    """
     given = headers.get(REQUEST_ID_HEADER, "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
@@ -67,7 +70,7 @@ async def make_job(
             "n",
         )
     # Clients may send the same id twice at a time; the engine must not see that.
-    engine_id = f"{request_id}-{secrets.token_hex(3)}" if REQUEST_ID_HEADER in headers else request_id
+    engine_id = f"{request_id}-{secrets.token_hex(3)}"
     requests: list[GenerationRequest] = []
     for prompt_ids in prompts:
         sampling = body.sampling_params(_max_tokens(body, field, len(prompt_ids), info.max_model_len))

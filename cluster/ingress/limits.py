@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from cluster.ingress.errors import DEFAULT_RETRY_AFTER_S, ApiError, Outcome
 
 
@@ -35,16 +32,8 @@ class ConcurrencyLimit:
         self._max_concurrent = max_concurrent
         self.num_held = 0
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Raises ApiError (busy) when the ingress is full."""
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
-
     def acquire(self) -> None:
+        """Raises ApiError (busy) when the ingress is full; else `release` must follow."""
         if self.num_held >= self._max_concurrent:
             raise ApiError(
                 Outcome.BUSY,

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from cluster.config import IngressSection
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, error_response, json_response, to_api_error
-from cluster.ingress.jobs import REQUEST_ID_HEADER, Job, make_job, take_request_id
+from cluster.ingress.jobs import Job, make_job, take_request_id
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
 from cluster.ingress.metrics import RequestCounter, render
 from cluster.ingress.responses import ChatEndpoint, Choice, CompletionEndpoint, Endpoint, usage_object
@@ -60,7 +60,7 @@ class OpenAIService:
 
     async def generate(self, request: Request, route: Route) -> Response:
         """POST /v1/chat/completions and /v1/completions."""
-        visit = _Visit(self, route, take_request_id(request.headers))
+        visit = _Visit(self._concurrency, self._counter, route, take_request_id(request.headers))
         try:
             visit.enter()
             body = parse_body(route.body, await self._read_body(request))
@@ -75,7 +75,7 @@ class OpenAIService:
             if failure.outcome is Outcome.BROKEN:
                 logger.exception("request %s failed", visit.request_id)
             visit.leave(failure.outcome)
-            return error_response(failure, visit.headers)
+            return error_response(failure)
         except BaseException:  # cancelled, because the client is gone
             visit.leave(Outcome.DISCONNECTED)
             raise
@@ -139,7 +139,7 @@ class OpenAIService:
         async for index, output in self._outputs(visit, job):
             choices[index].take(output)
         usage = usage_object(choices, job.num_choices_per_prompt)
-        headers = {**visit.headers, LEVEL_HEADER: str(usage["brownout"]["level_peak"])}
+        headers = {LEVEL_HEADER: str(usage["brownout"]["level_peak"])}
         visit.leave(Outcome.OK)
         return json_response(self._endpoint(visit, job).response(choices, usage), headers=headers)
 
@@ -161,7 +161,7 @@ class OpenAIService:
         events = sse_events(
             all_outputs(), endpoint, choices, job.num_choices_per_prompt, include_usage, on_outcome=visit.leave
         )
-        return EventStreamResponse(events, visit.headers, end)
+        return EventStreamResponse(events, end)
 
     def _endpoint(self, visit: _Visit, job: Job) -> Endpoint:
         return visit.route.endpoint(
@@ -176,28 +176,28 @@ class OpenAIService:
 class _Visit:
     """One request's place in the ingress: taken once, given back once, counted once."""
 
-    def __init__(self, service: OpenAIService, route: Route, request_id: str) -> None:
+    def __init__(self, limit: ConcurrencyLimit, counter: RequestCounter, route: Route, request_id: str) -> None:
         self.route = route
         self.request_id = request_id
         self.arrived_s = time.monotonic()
-        self.headers = {REQUEST_ID_HEADER: request_id}
-        self._service = service
+        self._limit = limit
+        self._counter = counter
         self._inside = False
         self._counted = False
 
     def enter(self) -> None:
         """Raises ApiError (busy) when the ingress is full."""
-        self._service._concurrency.acquire()
+        self._limit.acquire()
         self._inside = True
 
     def leave(self, outcome: Outcome) -> None:
         """Only the first call counts."""
         if self._inside:
             self._inside = False
-            self._service._concurrency.release()
+            self._limit.release()
         if not self._counted:
             self._counted = True
-            self._service._counter.count(self.route.name, outcome)
+            self._counter.count(self.route.name, outcome)
 
 
 def create_api(service: OpenAIService) -> FastAPI:

@@ -132,10 +132,8 @@ class EventStreamResponse(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_end: Callable[[], Awaitable[None]]
-    ) -> None:
-        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
         self._on_end = on_end
 

@@ -37,8 +37,9 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     if config.get("mlp_only_layers"):
         raise ConfigError(f"config.json key mlp_only_layers is {config['mlp_only_layers']}; allowed: []")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json key rope_type is {rope['rope_type']!r}; allowed: 'default'")
+    rope_type = rope.get("rope_type") or rope.get("type", "default")  # "type" in configs before transformers 4.43
+    if rope_type != "default":
+        raise ConfigError(f"config.json key rope_type is {rope_type!r}; allowed: 'default'")
     return ModelSpec(
         architecture="Qwen2MoeForCausalLM",
         num_layers=config["num_hidden_layers"],

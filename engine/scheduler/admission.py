@@ -43,6 +43,6 @@ def check_queue(num_waiting: int, max_num_waiting: int) -> None:
 def has_room(sequence: Sequence, blocks: BlockManager) -> bool:
     """Whether free blocks cover all the sequence's tokens and the next one.
 
-    All, not only the first chunk, so that a prompt is not preempted halfway by neighbours admitted after it.
+    Asking for all, not only for the first chunk, keeps a prompt from being preempted halfway by its own neighbours.
     """
     return blocks.num_free * blocks.block_size > len(sequence.token_ids)

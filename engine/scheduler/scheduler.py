@@ -162,7 +162,7 @@ class Scheduler:
                 sequence.admitted_s = now_s
                 sequence.num_cached = num_cached
             num_tokens = min(sequence.num_uncomputed, budget)
-            self.blocks.reserve(sequence.request_id, len(sequence.token_ids))  # all chunks, or a neighbour takes them
+            self.blocks.reserve(sequence.request_id, num_cached + num_tokens)
             self.running.append(sequence)
             budget -= num_tokens
             chosen[sequence.request_id] = ScheduledSequence(sequence, num_tokens, Phase.PREFILL)

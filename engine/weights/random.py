@@ -23,5 +23,6 @@ class RandomWeights:
             return torch.ones(spec.shape)
         if spec.init is Init.ZEROS:
             return torch.zeros(spec.shape)
-        generator = torch.Generator().manual_seed(self._seed << 32 | zlib.crc32(spec.name.encode()))
+        # One 32-bit number of both: torch's CPU generator ignores the upper half of its seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode(), self._seed))
         return torch.empty(spec.shape).normal_(0.0, INITIALIZER_RANGE, generator=generator)

@@ -1,0 +1,30 @@
+"""The ingress as a Serve deployment. Its replicas stay light: nothing they import knows torch."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ClusterConfig, resolve_path
+from cluster.ingress.backend import ServeBackend
+from cluster.ingress.routes import OpenAIService, create_api
+from engine.tokenizer import load_tokenizer
+
+
+@serve.ingress()
+class Ingress:
+    """HTTP entry point; as many replicas as the traffic needs, each with its own router."""
+
+    def __init__(self, engines: DeploymentHandle, config: ClusterConfig) -> None:
+        model_path = str(resolve_path(config.model.path))
+        self._service = OpenAIService(
+            backend=ServeBackend(engines),
+            tokenizer=load_tokenizer(model_path),
+            model_name=config.model.served_name,
+            config=config.ingress,
+            ingress_id=serve.get_replica_context().replica_id.unique_id,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._service)

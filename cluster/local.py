@@ -1,0 +1,192 @@
+"""A whole cluster on this machine: private Redis, a Ray head, the Serve application of a YAML file; and its end.
+
+with LocalCluster.start("deploy/serve/demo.yaml") as cluster:
+    httpx.get(f"{cluster.url}/v1/models")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve.handle import DeploymentHandle
+
+from cluster.controller_client import ControllerClient
+from cluster.driver import connect
+from cluster.errors import ClusterError
+from cluster.processes import is_port_free
+from cluster.ray_head import HOST, RayHead
+from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from cluster.serve_file import ServeFile, load_serve_file
+from engine.models.spec import read_config
+from engine.tokenizer import load_tokenizer
+from engine.types import ModelInfo
+from engine.weights.safetensors import check_checkpoint
+
+READY_TIMEOUT_S = 300.0  # a large checkpoint takes minutes to load
+POLL_S = 0.2
+# How an exception that ends with one of our sentences looks inside Serve's status message.
+OUR_ERROR = re.compile(r"^(?:\w+\.)*(?:ConfigError|ClusterConfigError|CheckpointError): (.+)$", re.MULTILINE)
+
+
+class LocalCluster:
+    """Made by `start`, ended by `stop` or by leaving the with-block."""
+
+    def __init__(self, file: ServeFile, directory: Path) -> None:
+        self._file = file
+        self._directory = directory
+        self._redis = resolve_redis(directory / "redis")
+        self._head = RayHead(directory, _num_cpus(file))
+        self._connected = False
+
+    @classmethod
+    def start(cls, config: str | Path | ServeFile, port: int | None = None) -> LocalCluster:
+        """Start everything and return once the API answers with all replicas.
+
+        ``config``: a Serve YAML file; ``port`` overrides its HTTP port. Raises ConfigError for a bad configuration,
+        CheckpointError for missing or corrupt weights, ClusterError for the rest; then nothing is left running.
+        """
+        file = config if isinstance(config, ServeFile) else load_serve_file(config)
+        file = file.on(HOST, file.http_port if port is None else port)
+        check_before_start(file)
+        # Not below TMPDIR, which may be long: Ray puts sockets there, and their paths hold 107 bytes.
+        cluster = cls(file, Path(tempfile.mkdtemp(prefix="bs-", dir="/tmp")))
+        try:
+            cluster._start()
+        except BaseException:
+            cluster.stop()
+            raise
+        return cluster
+
+    def stop(self) -> None:
+        """End every process that was started, and no other; remove what they wrote."""
+        if self._connected:
+            self._connected = False
+            ray.shutdown()
+        self._head.stop()
+        self._redis.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self._file.http_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return self._head.dashboard_url
+
+    @property
+    def file(self) -> ServeFile:
+        return self._file
+
+    @property
+    def redis(self) -> RedisServer:
+        return self._redis
+
+    @property
+    def controller(self) -> ControllerClient:
+        """The controller actor's methods, as plain calls."""
+        self._connect()
+        return ControllerClient(self._file.app_name)
+
+    def engine_handle(self) -> DeploymentHandle:
+        """A Serve handle of the engine replicas, for measurements without HTTP."""
+        self._connect()
+        return serve.get_deployment_handle("EngineReplica", self._file.app_name)
+
+    def model_info(self) -> ModelInfo:
+        info: ModelInfo = self.engine_handle().info.remote().result(timeout_s=30)
+        return info
+
+    def deploy(self, file: ServeFile) -> None:
+        """What ``serve deploy`` does; see `wait_ready`."""
+        ServeSubmissionClient(self._head.dashboard_url).deploy_applications(file.document)
+
+    def check(self) -> None:
+        """Raises ClusterError when the cluster has ended by itself."""
+        self._head.check()
+
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Return once the API answers with all replicas. Raises ClusterError."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            self.check()
+            self._raise_deploy_failure()
+            if self._num_replicas_answering() >= self._file.config.replicas:
+                return
+            time.sleep(POLL_S)
+        raise ClusterError(f"the application was not ready within {timeout_s:g} s")
+
+    def _start(self) -> None:
+        try:
+            self._redis.start()
+        except RedisUnavailableError as error:
+            raise ClusterError(str(error)) from error
+        self._head.start({"REDIS_URL": self._redis.url})
+        self.deploy(self._file)
+        self.wait_ready()
+
+    def _connect(self) -> None:
+        """Become a Ray driver of the cluster; only what HTTP cannot do needs it."""
+        if not self._connected:
+            connect(self._head.gcs_address)
+            self._connected = True
+
+    def _raise_deploy_failure(self) -> None:
+        details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
+        app = details["applications"].get(self._file.app_name)
+        if app is None:
+            return
+        messages = [app["message"], *(deployment["message"] for deployment in app["deployments"].values())]
+        # A configuration that cannot work fails again however often Serve tries it: no use waiting.
+        if found := next((match for message in messages if (match := OUR_ERROR.search(message))), None):
+            raise ClusterError(found[1])
+        if app["status"] == "DEPLOY_FAILED":
+            raise ClusterError(f"the application could not be deployed: {_last_line(messages)}")
+
+    def _num_replicas_answering(self) -> int:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return int(json.load(response)["replicas"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+
+def check_before_start(file: ServeFile) -> None:
+    """Whatever can be known to fail without starting a process. Raises like `LocalCluster.start`."""
+    if not is_port_free(file.http_port, HOST):
+        raise ClusterError(f"port {file.http_port} of {HOST} is in use; choose another one with --port")
+    model = file.config.engine_config().model
+    directory = Path(model.path)
+    read_config(directory)
+    load_tokenizer(directory)
+    if model.load_format == "safetensors":
+        check_checkpoint(directory)
+
+
+def _num_cpus(file: ServeFile) -> int:
+    """What Ray may hand out: enough for every replica to be placed, whatever the machine has."""
+    config = file.config
+    return max(os.cpu_count() or 1, int(config.replicas * config.cpus_per_replica) + 1)
+
+
+def _last_line(messages: list[str]) -> str:
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Serve gave no reason"

@@ -1,0 +1,429 @@
+"""Replicas, controller and Redis over real sockets: settings arrive, and every one of the three may die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.redis_server import RedisServer
+from controller.config import ControllerConfig
+from controller.laws.base import LawError
+from controller.service import ControllerService
+from controller.sketch import RELATIVE_ERROR as CONTROLLER_RELATIVE_ERROR
+from engine.agent import TelemetryAgent
+from engine.config import SloConfig
+from engine.telemetry import RELATIVE_ERROR, StepWindow, TelemetryRecorder
+from engine.types import BrownoutSetting, EngineStats, Levels, ModelInfo, ServiceClass
+from protos import control_pb2, control_pb2_grpc, telemetry_pb2
+
+MODEL = ModelInfo("model", 1000, 512, 64, 16, num_levels=5, ladder_measured=True)
+CONFIG = ControllerConfig(law="static", level=1, tick_s=0.05, lease_s=1.0)
+
+
+async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
+        await asyncio.sleep(0.01)
+
+
+class Replica:
+    """A replica without an engine: a real recorder and a real agent, and a list of what it was told."""
+
+    def __init__(self, replica_id: str, address: Callable[[], str], model: ModelInfo = MODEL) -> None:
+        self.recorder = TelemetryRecorder(SloConfig(), time.monotonic())
+        self.received: list[BrownoutSetting] = []
+        self.step_time_s = 0.01
+        self._address = address
+        self.agent = TelemetryAgent(
+            address_provider=self._find_controller,
+            replica_id=replica_id,
+            model_info=model,
+            on_setting=self._apply,
+            take_window=self._take_window,
+            period_s=0.05,
+        )
+
+    @property
+    def setting(self) -> BrownoutSetting:
+        return self.received[-1]
+
+    @property
+    def levels(self) -> tuple[int, int] | None:
+        return (self.setting.decode.floor, self.setting.decode.ceiling) if self.received else None
+
+    async def _find_controller(self) -> str:
+        return self._address()
+
+    def _apply(self, setting: BrownoutSetting) -> bool:
+        if self.received and self.received[-1].newer_than(setting):
+            return False
+        self.received.append(setting)
+        return True
+
+    def _take_window(self) -> StepWindow:
+        level = self.setting.decode.floor if self.received else 0
+        self.recorder.record_step(0, 4, Levels(decode=level), self.step_time_s, routed_pairs=16)
+        self.recorder.record_first_token(ServiceClass.STANDARD, 0.1, 0.01)
+        self.recorder.record_finish(ServiceClass.STANDARD, self.step_time_s)
+        stats = EngineStats(num_running=4, num_waiting=2, kv_used_frac=0.25, levels=Levels(decode=level))
+        return self.recorder.drain(stats, time.monotonic())
+
+
+class Cluster:
+    """What a test started, and the address under which replicas look for the controller."""
+
+    def __init__(self, redis: RedisServer) -> None:
+        self.redis = redis
+        self.address = "127.0.0.1:1"
+        self.services: list[ControllerService] = []
+        self.replicas: list[Replica] = []
+        self.processes: list[asyncio.subprocess.Process] = []
+
+    async def start_controller(self, config: ControllerConfig = CONFIG, redis_url: str = "") -> ControllerService:
+        service = ControllerService(config, redis_url or self.redis.url)
+        self.address = await service.start()
+        self.services.append(service)
+        return service
+
+    async def start_controller_process(self, law: str, level: int) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.integration.controller_process",
+            self.redis.url,
+            law,
+            str(level),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        self.processes.append(process)
+        assert process.stdout is not None
+        self.address = (await process.stdout.readline()).decode().strip()
+        return process
+
+    async def start_replica(self, replica_id: str, model: ModelInfo = MODEL) -> Replica:
+        replica = Replica(replica_id, lambda: self.address, model)
+        self.replicas.append(replica)
+        await replica.agent.start()
+        return replica
+
+    async def stop(self) -> None:
+        for replica in self.replicas:
+            await replica.agent.stop()
+        for service in self.services:
+            await service.stop()
+        for process in self.processes:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    with RedisServer.launch(tmp_path) as redis:
+        cluster = Cluster(redis)
+        yield cluster
+        await cluster.stop()
+
+
+def test_both_ends_sketch_alike() -> None:
+    assert RELATIVE_ERROR == CONTROLLER_RELATIVE_ERROR
+
+
+async def test_settings_reach_every_replica(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a, b = await cluster.start_replica("a"), await cluster.start_replica("b")
+    await until(lambda: a.levels == b.levels == (1, 1))
+    await service.set_policy("static", level=3)
+    await until(lambda: a.levels == b.levels == (3, 3))
+    await service.set_policy("off")
+    await until(lambda: a.levels == b.levels == (0, 0))
+    assert a.setting.reason == "brownout_off"
+    await service.set_policy("predictive")
+    await until(lambda: a.levels == b.levels == (0, 4))
+    versions = [setting.version for setting in a.received]
+    assert versions == sorted(versions) and len(set(versions)) == 4
+
+
+async def test_status_and_decisions_tell_what_happens(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.agent.connected)
+    await service.set_policy("static", level=2)
+    await until(lambda: service.status()["models"]["model"]["replicas"]["a"]["level_decode"] == 2)
+    await until(lambda: service.status()["models"]["model"]["observation"]["num_finished"] > 0)
+    await until(lambda: service.status()["redis_ok"])
+    status = json.loads(json.dumps(service.status()))
+    model, replica = status["models"]["model"], status["models"]["model"]["replicas"]["a"]
+    assert (model["law"], model["policy"]["level"], model["epoch"], status["epoch"]) == ("static", 2, 1, 1)
+    assert model["setting"]["decision"]["decode"]["floor"] == 2
+    assert (replica["num_running"], replica["num_waiting"], replica["stale"]) == (4, 2, False)
+    assert replica["lease_left_s"] > 0 and replica["last_window_age_s"] >= 0
+    newest, *_, oldest = service.decisions(10)
+    assert (newest["version"], newest["reason"]) == (model["version"], "pinned")
+    assert oldest["version"] == 1
+
+
+async def test_a_policy_that_cannot_work_is_refused(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (1, 1))
+    for law, level in (("pid", None), ("static", 5), ("static", -1), ("predictive", 2)):
+        with pytest.raises(LawError, match="allowed"):
+            await service.set_policy(law, level)
+    assert service.status()["models"]["model"]["version"] == 1
+
+
+async def test_leases_are_renewed(cluster: Cluster) -> None:
+    await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: len(a.received) >= 4)
+    assert {(s.epoch, s.version, s.lease_s) for s in a.received} == {(1, 1, 1.0)}
+
+
+async def test_the_law_answers_what_replicas_measure(cluster: Cluster) -> None:
+    law_params = {"check_interval_s": 0.2, "window_s": 0.5}
+    await cluster.start_controller(replace(CONFIG, law="aimd", law_params=law_params))
+    a = await cluster.start_replica("a")
+    a.step_time_s = 0.5  # five times the TPOT objective
+    await until(lambda: a.levels == (4, 4))
+    assert a.setting.reason == "slo_violated"
+    a.step_time_s = 0.001
+    await until(lambda: a.levels == (0, 0))
+
+
+async def test_an_unmeasured_ladder_is_not_climbed(cluster: Cluster) -> None:
+    await cluster.start_controller()
+    a = await cluster.start_replica("a", replace(MODEL, ladder_measured=False))
+    await until(lambda: a.levels == (0, 0))
+    assert a.setting.reason == "unmeasured_ladder"
+
+
+async def test_models_are_controlled_apart(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a, b = await cluster.start_replica("a"), await cluster.start_replica("b", replace(MODEL, name="other"))
+    await until(lambda: a.levels == b.levels == (1, 1))
+    await service.set_policy("static", level=4, model_id="other")
+    await until(lambda: b.levels == (4, 4))
+    assert a.levels == (1, 1)
+
+
+async def test_controller_killed_and_restarted(cluster: Cluster) -> None:
+    process = await cluster.start_controller_process("static", 3)
+    a, b = await cluster.start_replica("a"), await cluster.start_replica("b")
+    await until(lambda: a.levels == b.levels == (3, 3))
+    before = a.setting
+    await asyncio.sleep(0.5)  # for the state to be saved; replicas alone would do as well
+    process.kill()
+    await process.wait()
+    await until(lambda: not a.agent.connected and not b.agent.connected)
+    assert a.levels == (3, 3), "the last setting stays"
+    await cluster.start_controller_process("static", 2)
+    await until(lambda: a.levels == b.levels == (2, 2))
+    assert a.setting.epoch == before.epoch + 1
+    assert a.setting.version == before.version + 1
+    assert (a.agent.num_connections, b.agent.num_connections) == (2, 2)
+
+
+async def test_an_operators_policy_outlives_the_controller(cluster: Cluster) -> None:
+    first = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (1, 1))
+    await first.set_policy("off")
+    await until(lambda: a.levels == (0, 0))
+    before = a.setting
+    await first.stop()
+    second = await cluster.start_controller()
+    await until(lambda: a.setting.epoch > before.epoch)
+    assert a.levels == (0, 0)
+    assert a.setting.version == before.version + 1
+    assert [row["epoch"] for row in second.decisions()] == [2, 1, 1]
+
+
+async def test_a_controller_that_hangs_is_left(cluster: Cluster) -> None:
+    process = await cluster.start_controller_process("static", 3)
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (3, 3))
+    process.send_signal(signal.SIGSTOP)
+    await until(lambda: not a.agent.connected)
+    await cluster.start_controller()
+    await until(lambda: a.levels == (1, 1))
+    assert a.setting.epoch == 2
+
+
+async def test_redis_killed_and_restarted(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (1, 1) and service.status()["redis_ok"])
+    assert cluster.redis.pid is not None
+    os.kill(cluster.redis.pid, signal.SIGKILL)
+    await until(lambda: not service.status()["redis_ok"])
+    num_received = len(a.received)
+    await service.set_policy("static", level=2)
+    await until(lambda: a.levels == (2, 2) and len(a.received) > num_received + 2)
+    before = a.setting
+    cluster.redis.start()  # empty: it keeps nothing on disk
+    await until(lambda: service.status()["redis_ok"])
+    await service.stop()
+    await cluster.start_controller()
+    await until(lambda: a.setting.epoch > before.epoch)
+    assert a.levels == (2, 2), "the policy that was set while Redis was away"
+    assert a.setting.version == before.version + 1
+
+
+async def test_redis_away_at_the_start(cluster: Cluster) -> None:
+    cluster.redis.stop()
+    service = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (1, 1))
+    assert not service.status()["redis_ok"]
+    cluster.redis.start()
+    await until(lambda: service.status()["redis_ok"] and a.setting.epoch == 1)
+    assert a.levels == (1, 1)
+
+
+async def test_a_controller_that_lost_its_memory_continues_above_the_replicas(cluster: Cluster) -> None:
+    first = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until(lambda: a.levels == (1, 1))
+    for level in (2, 3):
+        await first.set_policy("static", level=level)
+    await until(lambda: a.levels == (3, 3))
+    before = a.setting
+    await first.stop()
+    cluster.redis.stop()
+    await cluster.start_controller()
+    await until(lambda: a.levels == (1, 1))
+    assert a.setting.newer_than(before) and a.setting.version > before.version
+
+
+async def test_nothing_that_goes_wrong_in_a_replica_ends_its_agent(cluster: Cluster) -> None:
+    await cluster.start_controller()
+    num_calls = {"address": 0, "window": 0, "setting": 0}
+
+    def fails_twice(what: str) -> None:
+        num_calls[what] += 1
+        if num_calls[what] <= 2:
+            raise RuntimeError(f"no {what} yet")
+
+    async def address() -> str:
+        fails_twice("address")
+        return cluster.address
+
+    def take_window() -> StepWindow:
+        fails_twice("window")
+        return TelemetryRecorder(SloConfig()).drain(EngineStats(), 0.25)
+
+    def on_setting(setting: BrownoutSetting) -> bool:
+        fails_twice("setting")
+        return True
+
+    agent = TelemetryAgent(
+        address_provider=address,
+        replica_id="a",
+        model_info=MODEL,
+        on_setting=on_setting,
+        take_window=take_window,
+        period_s=0.05,
+    )
+    await agent.start()
+    await until(lambda: agent.connected and min(num_calls.values()) >= 3)
+    await agent.stop()
+
+
+def window(sequence: int, incarnation: int = 1, **fields: object) -> control_pb2.ReplicaMessage:
+    sound = {"replica_id": "raw", "model_id": "model", "window_s": 0.25, "num_running": sequence}
+    return control_pb2.ReplicaMessage(
+        window=telemetry_pb2.StepWindow(**{**sound, "sequence": sequence, "incarnation": incarnation, **fields})
+    )
+
+
+HELLO = control_pb2.ReplicaMessage(
+    hello=control_pb2.Hello(replica_id="raw", model_id="model", incarnation=1, num_levels=5, ladder_measured=True)
+)
+
+
+async def test_garbage_is_refused_and_the_stream_goes_on(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        call = control_pb2_grpc.ControlStub(channel).Stream()
+        await call.write(HELLO)
+        first = await call.read()
+        assert first.setting.version >= 1
+        await call.write(window(1, window_s=math.nan))
+        await call.write(window(2, oldest_wait_s=-1.0))
+        await call.write(window(3, replica_id="a"))
+        await call.write(HELLO)
+        await call.write(control_pb2.ReplicaMessage())
+        await call.write(window(4))
+        await call.write(window(4))
+        await call.write(window(3))
+        await call.write(window(5, incarnation=2))
+
+        def model() -> dict[str, object]:
+            return service.status()["models"]["model"]
+
+        await until(lambda: model()["num_windows"]["wrong_life"] == 1)
+        assert model()["replicas"]["raw"]["num_refused"] == 5
+        assert model()["replicas"]["raw"]["num_running"] == 4
+        assert (model()["num_windows"]["duplicate"], model()["num_windows"]["out_of_order"]) == (1, 1)
+        assert (await call.read()).setting.epoch == 1
+        call.cancel()
+    await until(lambda: "raw" not in service.status()["models"]["model"]["replicas"])
+    assert a.agent.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        window(1),
+        control_pb2.ReplicaMessage(),
+        control_pb2.ReplicaMessage(hello=control_pb2.Hello(replica_id="raw", model_id="model")),
+    ],
+)
+async def test_a_stream_without_a_sound_hello_is_closed(cluster: Cluster, first: control_pb2.ReplicaMessage) -> None:
+    await cluster.start_controller()
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        call = control_pb2_grpc.ControlStub(channel).Stream()
+        await call.write(first)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_newer_stream_of_a_replica_replaces_the_older(cluster: Cluster) -> None:
+    service = await cluster.start_controller()
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        stub = control_pb2_grpc.ControlStub(channel)
+        older, newer = stub.Stream(), stub.Stream()
+        for call in (older, newer):
+            await call.write(HELLO)
+            await call.read()
+        older.cancel()
+        await newer.write(window(1))
+        await until(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
+        await service.set_policy("static", level=4)
+        while (await newer.read()).setting.phases[1].floor != 4:
+            pass
+        newer.cancel()
+
+
+async def test_a_taken_port_is_one_sentence(cluster: Cluster) -> None:
+    await cluster.start_controller()
+    port = int(cluster.address.rsplit(":", 1)[1])
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}") as caught:
+        await ControllerService(replace(CONFIG, port=port), cluster.redis.url).start()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import ConfigError
+from engine.models.registry import load_spec
+from tests.models import TINY_CONFIG, write_config
+
+
+def test_reads_the_facts(tmp_path: Path) -> None:
+    spec = load_spec(write_config(tmp_path))
+    assert (spec.num_layers, spec.hidden_size, spec.num_experts, spec.num_experts_per_token) == (3, 64, 12, 4)
+    assert (spec.head_dim, spec.q_size, spec.kv_size) == (16, 64, 32)
+    assert (spec.rope_theta, spec.max_position, spec.dtype) == (10000.0, 512, "float32")
+
+
+@pytest.mark.parametrize(
+    ("extra", "theta"),
+    [({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5), ({"rope_theta": 2e4}, 2e4)],
+)
+def test_rope_theta_old_and_new_spelling(tmp_path: Path, extra: dict[str, Any], theta: float) -> None:
+    assert load_spec(write_config(tmp_path, **extra)).rope_theta == theta
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mentioned"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, ["architectures", "LlamaForCausalLM", "Qwen2MoeForCausalLM"]),
+        ({"architectures": []}, ["architectures", "(none)", "Qwen2MoeForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"decoder_sparse_step": 2}, ["decoder_sparse_step", "2", "1"]),
+        ({"use_sliding_window": True}, ["use_sliding_window", "True", "False"]),
+        ({"mlp_only_layers": [0]}, ["mlp_only_layers", "[0]", "[]"]),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["rope_type", "'yarn'", "'default'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'", "'default'"]),
+    ],
+)
+def test_what_is_not_computed_is_refused(tmp_path: Path, overrides: dict[str, Any], mentioned: list[str]) -> None:
+    expect_refusal(write_config(tmp_path, **overrides), *mentioned)
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    directory = write_config(tmp_path)
+    config = {key: value for key, value in TINY_CONFIG.items() if key != "num_experts"}
+    (directory / "config.json").write_text(json.dumps(config))
+    expect_refusal(directory, "lacks the key 'num_experts'")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_not_a_json_object(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    expect_refusal(tmp_path, "config.json", "JSON")
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    expect_refusal(tmp_path / "nowhere", "model.path", "no config.json")
+
+
+def expect_refusal(directory: Path, *mentioned: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_spec(directory)
+    assert "\n" not in str(refusal.value)
+    assert all(word in str(refusal.value) for word in mentioned), str(refusal.value)

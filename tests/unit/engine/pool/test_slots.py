@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
+from engine.kv_cache.storage import KvStorage
+from engine.models.registry import load_spec
+from engine.pool.slots import CPU_KV_BYTES, load_slot
+from engine.profile import UNPROFILED_STEP_S, profile_steps
+from engine.runner import Runner
+from engine.weights.manifest import CheckpointError
+from tests.models import write_checkpoint, write_config
+
+SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("model"))
+
+
+def config(
+    model: Path,
+    cache: CacheConfig = CacheConfig(num_blocks=9),  # noqa: B008 (frozen)
+    brownout: BrownoutConfig = BrownoutConfig(),  # noqa: B008 (frozen)
+    load_format: str = "random",
+    **options: object,
+) -> EngineConfig:
+    return EngineConfig(
+        ModelConfig(str(model), load_format=load_format, **options),  # type: ignore[arg-type]
+        cache,
+        SCHEDULER,
+        brownout=brownout,
+        device="cpu",
+    )
+
+
+def test_the_context_fits_into_the_pool_and_the_model(model: Path) -> None:
+    assert load_slot(config(model)).max_model_len == 8 * 16
+    assert load_slot(config(model, max_model_len=100)).max_model_len == 100
+    assert load_slot(config(model, CacheConfig(num_blocks=200))).max_model_len == 512
+
+
+def test_the_default_pool_holds_a_full_batch_as_far_as_memory_allows(model: Path) -> None:
+    assert load_slot(config(model, CacheConfig())).kv.num_blocks == 4 * 512 // 16 + 1
+    block_bytes = KvStorage.block_bytes(load_spec(model), 16, torch.float32)
+    small = CacheConfig(memory_frac=10.5 * block_bytes / CPU_KV_BYTES)
+    assert load_slot(config(model, small)).kv.num_blocks == 10
+    with pytest.raises(ConfigError, match=r"cache\.memory_frac is .* hold no KV block"):
+        load_slot(config(model, CacheConfig(memory_frac=1e-9)))
+
+
+def test_block_bytes_are_what_storage_takes(model: Path) -> None:
+    kv = load_slot(config(model)).kv
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in (kv.keys, kv.values))
+    assert taken == 9 * KvStorage.block_bytes(load_spec(model), 16, torch.float32)
+
+
+@pytest.mark.parametrize("pair", [(3, 0), (0, 12), (-1, 0)])
+def test_a_protected_expert_must_exist(model: Path, pair: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"brownout\.protect has .* allowed: layers below 3, experts below 12"):
+        load_slot(config(model, brownout=BrownoutConfig(ways=(2,), protect=(pair,))))
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    load_slot(config(directory, load_format="safetensors"))
+    write_config(directory, moe_intermediate_size=48)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.gate_proj\.weight in .* has shape \(32, 64\)"):
+        load_slot(config(directory, load_format="safetensors"))
+    write_config(directory, num_experts=13)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate\.weight in .* has shape \(12, 64\)"):
+        load_slot(config(directory, load_format="safetensors"))
+
+
+def test_a_slot_is_the_only_owner_of_its_model_and_kv(model: Path) -> None:
+    slot = load_slot(config(model, brownout=BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0)))
+    profile_steps(Runner(slot), config(model), num_levels=2)
+    owned = [weakref.ref(slot), weakref.ref(slot.model), weakref.ref(slot.kv), weakref.ref(slot.kv.keys)]
+    del slot
+    gc.collect()
+    assert [ref() for ref in owned] == [None] * 4
+
+
+def test_the_profile_covers_every_level_and_the_largest_step(model: Path) -> None:
+    brownout = BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0, profile_repeats=1)
+    slot = load_slot(config(model, brownout=brownout))
+    measured = profile_steps(Runner(slot), config(model, brownout=brownout), len(slot.ladder))
+    assert measured.token_counts == (1, 4, 16, 32)
+    assert measured.num_levels == len(slot.ladder) == 3
+    assert all(0 < deep <= shallow for deep, shallow in zip(measured.times_s[-1], measured.times_s[0], strict=True))
+
+
+def test_without_a_profile_a_guess_is_made(model: Path) -> None:
+    unprofiled = config(model, brownout=BrownoutConfig(profile_repeats=0))
+    guess = profile_steps(Runner(load_slot(unprofiled)), unprofiled, num_levels=3)
+    assert [guess.predict_s(level, 99) for level in range(3)] == [UNPROFILED_STEP_S] * 3
