@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import yaml
@@ -79,13 +80,15 @@ class Scenario(_Section):
         start_s = sum(p.duration_s for p in self.phases[:peak])
         return start_s, start_s + self.phases[peak].duration_s
 
+    def phase_of(self, at_s: float) -> int | None:
+        """Index of the phase at a time of the run; None after the last."""
+        ends_s = accumulate(p.duration_s for p in self.phases)
+        return next((index for index, end_s in enumerate(ends_s) if at_s < end_s), None)
+
     def phase_at(self, at_s: float) -> str:
-        """Name of the phase at a time of the run; "drain" after the last."""
-        for phase in self.phases:
-            if at_s < phase.duration_s:
-                return phase.name
-            at_s -= phase.duration_s
-        return "drain"
+        """Name of that phase; "drain" after the last."""
+        index = self.phase_of(at_s)
+        return "drain" if index is None else self.phases[index].name
 
     def requests(self, vocab_size: int, seed_offset: int = 0) -> Iterator[Arrival]:
         """Requests of the scenario's lengths for a closed loop; runs with unequal offsets share no prompt."""

@@ -14,7 +14,7 @@ from benchmarks import environment
 from benchmarks.loadgen.closed_loop import Throughput
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.plots.burst import LevelSample, RunCurve, draw_burst
-from benchmarks.report import RunMetrics, Slo, by_second
+from benchmarks.report import RunMetrics, Slo, by_second, measure
 from benchmarks.scenario import Scenario
 from benchmarks.workloads.workload import Workload
 from engine.types import ModelInfo
@@ -64,7 +64,10 @@ def write_results(measurement: Measurement, scenario: Scenario, out: Path) -> No
 def _report(measurement: Measurement, scenario: Scenario) -> dict[str, Any]:
     model = measurement.model
     return {
-        "runs": {name: asdict(run.metrics) for name, run in measurement.runs.items()},
+        "runs": {
+            name: {**asdict(run.metrics), "phases": _by_phase(run, measurement.slo, scenario)}
+            for name, run in measurement.runs.items()
+        },
         "capacity_req_s": measurement.capacity.req_s,
         "capacity_tok_s": measurement.capacity.tok_s,
         "step_time_s_by_level": list(model.step_time_s_by_level),
@@ -75,6 +78,17 @@ def _report(measurement: Measurement, scenario: Scenario) -> dict[str, Any]:
         "workload": scenario.model_dump(exclude={"seed"}),
         **environment.describe(),
     }
+
+
+def _by_phase(run: Run, slo: Slo, scenario: Scenario) -> list[dict[str, Any]]:
+    """The promise as kept for the requests that arrived in each phase: the quiet ones must keep it at level 0 too."""
+    phases = []
+    for index, phase in enumerate(scenario.phases):
+        metrics = measure([r for r in run.records if scenario.phase_of(r.scheduled_s) == index], slo, phase.duration_s)
+        figures = asdict(metrics)
+        names = ("requests", "failed", "slo_attainment", "violation_s", "ttft_p90_s", "tpot_p90_s", "level_mean")
+        phases.append({"name": phase.name, **{name: figures[name] for name in names}})
+    return phases
 
 
 def render_table(measurement: Measurement, scenario: Scenario) -> Table:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
-from ray.serve.schema import ServeDeploySchema
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from cluster.config import ClusterConfig, ClusterConfigError, describe, parse_config
 
@@ -61,8 +61,19 @@ def parse_serve_document(document: Any) -> ServeFile:
         raise ClusterConfigError(describe(error)) from error
     except ValueError as error:
         raise ClusterConfigError(" ".join(str(error).split())) from error
+    _refuse_unknown_keys(document, ServeDeploySchema, "")
+    for app in document["applications"]:
+        _refuse_unknown_keys(app, ServeApplicationSchema, "applications.")
     ours = [app for app in document["applications"] if app.get("import_path") == IMPORT_PATH]
     if not ours:
         paths = [app.get("import_path") for app in document["applications"]]
         raise ClusterConfigError(f"applications.import_path is {paths!r}; allowed: {IMPORT_PATH}")
     return ServeFile(document, ours[0].get("name", "default"), parse_config(ours[0].get("args") or {}))
+
+
+def _refuse_unknown_keys(section: dict[str, Any], schema: type[BaseModel], prefix: str) -> None:
+    """Ray accepts keys that it does not know; a misspelt one would be ignored without a word."""
+    for key, value in section.items():
+        if key not in schema.model_fields:
+            known = ", ".join(schema.model_fields)
+            raise ClusterConfigError(f"{prefix}{key} is {value!r}; allowed: no such key, one of {known}")

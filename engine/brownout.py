@@ -57,11 +57,16 @@ class Brownout:
         return self.levels
 
     def learn_step(self, batch: ScheduledBatch, step_time_s: float) -> None:
-        """Correct the step-time model, if all rows ran at one level; rows that refuse to be dimmed run at 0."""
+        """Correct the step-time model, if both phases ran at one level.
+
+        Some rows that refuse to be dimmed make their step slower than its level promises: the trim carries that, so
+        that the others are dimmed more. With no other rows the step ran at level 0.
+        """
         self._step_ended_s = self._step_started_s + step_time_s
-        levels = {0 if item.sequence.exact else self.levels.of(item.phase) for item in batch}
-        if len(levels) == 1:
-            self.governor = observe_step(self.governor, levels.pop(), batch.num_tokens, step_time_s)
+        if all(item.sequence.exact for item in batch):
+            self.governor = observe_step(self.governor, 0, batch.num_tokens, step_time_s)
+        elif self.levels.prefill == self.levels.decode or not batch.prefills:
+            self.governor = observe_step(self.governor, self.levels.decode, batch.num_tokens, step_time_s)
 
     def learn_finish(self, num_output_tokens: int) -> None:
         self.governor = observe_finish(self.governor, num_output_tokens)

@@ -46,11 +46,11 @@ def draw_burst(
         axes.spines[["top", "right"]].set_visible(False)
     _draw_latency(latency, curves, slo)
     latency.annotate(
-        "burst", xy=(sum(burst_s) / 2, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top", color="0.4"
+        "burst", xy=(sum(burst_s) / 2, 0.03), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.4"
     )
     for curve in curves:
         level.plot([s.at_s for s in curve.levels], [s.level for s in curve.levels], color=curve.color, lw=1.6)
-    level.set_ylabel("brownout level")
+    level.set_ylabel("mean brownout level")
     level.set_ylim(-0.3, max(1, num_levels - 1) + 0.3)
     level.set_xlabel("time since the run's start (s)")
     figure.suptitle(title, fontsize=11)
@@ -71,6 +71,7 @@ def _draw_latency(axes: Axes, curves: Sequence[RunCurve], slo: Slo) -> None:
         )
     axes.axhline(slo.ttft_s, color="0.2", ls="--", lw=1.2, label=f"SLO {slo.ttft_s:g} s")
     axes.set_yscale("log")
+    axes.margins(y=0.12)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel("TTFT (s), p90 of each second's arrivals")
     axes.grid(axis="y", color="0.9", lw=0.8)

@@ -57,6 +57,13 @@ class LoadRegistry:
         if load is not None:
             self._picks.setdefault(replica_id, []).append(load.sequence)
 
+    async def close(self) -> None:
+        """Stop refreshing."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._client.aclose()
+
     async def refresh(self) -> None:
         """Read all watched loads in one round trip. Raises RedisError or OSError."""
         replica_ids = self._replica_ids

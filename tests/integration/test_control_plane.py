@@ -421,6 +421,19 @@ async def test_a_newer_stream_of_a_replica_replaces_the_older(cluster: Cluster) 
         newer.cancel()
 
 
+async def test_a_replica_whose_host_vanished_is_forgotten(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.streams.MAX_SILENCE_S", 0.3)
+    service = await cluster.start_controller()
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        call = control_pb2_grpc.ControlStub(channel).Stream()
+        await call.write(HELLO)
+        await call.read()
+        await call.write(window(1))
+        await until(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
+        await until(lambda: service.status()["models"]["model"]["replicas"] == {})
+        call.cancel()
+
+
 async def test_a_taken_port_is_one_sentence(cluster: Cluster) -> None:
     await cluster.start_controller()
     port = int(cluster.address.rsplit(":", 1)[1])

@@ -64,6 +64,12 @@ def test_report_and_picture(measurement, tmp_path):
         assert set(figures) >= RUN_FIELDS
     assert report["runs"]["off"]["violation_s"] == 81 and report["runs"]["on"]["violation_s"] == 1
     assert report["runs"]["on"]["dimmed_share"] == pytest.approx(0.2)
+    phases = report["runs"]["on"]["phases"]
+    assert [(p["name"], p["requests"], p["slo_attainment"]) for p in phases] == [
+        ("quiet", 20, 1.0),
+        ("burst", 40, 1.0),
+        ("quiet", 20, 1.0),
+    ]
     assert report["capacity_req_s"] == 2.0
     assert report["step_time_s_by_level"] == [0.08, 0.06, 0.05, 0.04]
     assert set(report) >= {"slo", "seed", "workload", "versions", "machine", "command"}

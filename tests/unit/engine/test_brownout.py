@@ -110,18 +110,26 @@ def test_idle_time_ends_dimming() -> None:
     assert step(brownout, make_scheduler(sequence("c", 4, arrival_s=9.0)), 9.0)[0] == Levels(0, 0)
 
 
-@pytest.mark.parametrize(
-    ("num_full", "num_standard", "level_of_the_time", "learns"),
-    [(0, 2, 2, True), (2, 0, 0, True), (1, 1, 0, False)],
-)
-def test_learns_only_from_steps_at_one_level_and_rows_that_refuse_run_at_level_0(
-    num_full: int, num_standard: int, level_of_the_time: int, learns: bool
-) -> None:
+@pytest.mark.parametrize(("num_full", "num_standard", "learns_of"), [(0, 2, 2), (1, 1, 2), (2, 0, 0)])
+def test_a_step_of_rows_that_refuse_teaches_level_0(num_full: int, num_standard: int, learns_of: int) -> None:
     sequences = [sequence(f"full-{i}", full=True) for i in range(num_full)]
     sequences += [sequence(f"standard-{i}") for i in range(num_standard)]
     brownout = make_brownout()
     brownout.apply(pinned(2, version=1), 0.0)
     _, batch = step(brownout, make_scheduler(*sequences), 0.0)
     assert batch.num_tokens == 8
-    brownout.learn_step(batch, 2 * MODEL.predict_s(level_of_the_time, 8))
-    assert brownout.governor.model.trim == pytest.approx(1.05 if learns else 1.0)
+    brownout.learn_step(batch, 2 * MODEL.predict_s(learns_of, 8))
+    assert brownout.governor.model.trim == pytest.approx(1.05)
+
+
+def test_a_step_at_two_levels_teaches_nothing() -> None:
+    brownout = make_brownout()
+    brownout.apply(BrownoutSetting(PhaseSetting(0, 0, ANY_S), PhaseSetting(2, 2, ANY_S), version=1), 0.0)
+    scheduler = make_scheduler(sequence("a"))
+    scheduler.commit(step(brownout, scheduler, 0.0)[1], Levels())
+    scheduler.running[0].token_ids.append(1)
+    scheduler.add(sequence("b"))
+    levels, batch = step(brownout, scheduler, 0.1)
+    assert (levels, len(batch.decodes), len(batch.prefills)) == (Levels(0, 2), 1, 1)
+    brownout.learn_step(batch, 9.0)
+    assert brownout.governor.model.trim == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -73,9 +74,7 @@ def run_for(
         # first token takes one more. 1.3 s / 21 steps = 62 ms: level 2.
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96)), 2, id="queue-for-a-place"),
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.4, 96)), 3, id="waited-time-counts"),
-        pytest.param(
-            0, setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96), num_free_slots=5), 0, id="free-places-help"
-        ),
+        pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96), num_free_slots=5), 0, id="free-places"),
         # 2000 prompt tokens in chunks of 96: 21 steps.
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(0, 0.0, 2000)), 2, id="long-prompt-in-the-batch"),
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(0, 2.0, 24)), TOP, id="already-late"),
@@ -111,9 +110,9 @@ def test_one_level_down_per_down_s() -> None:
     _, levels = run_for(3.0, at_level(TOP), setting(), full_step())
     assert levels[0] == TOP
     assert levels[-1] == 0
-    changes = [step for step, (before, after) in enumerate(zip(levels, levels[1:], strict=False)) if before != after]
-    assert all(before - after in (0, 1) for before, after in zip(levels, levels[1:], strict=False))
-    assert all(later - earlier >= round(DOWN_S / 0.05) for earlier, later in zip(changes, changes[1:], strict=False))
+    changes = [step for step, (before, after) in enumerate(pairwise(levels)) if before != after]
+    assert all(before - after in (0, 1) for before, after in pairwise(levels))
+    assert all(later - earlier >= round(DOWN_S / 0.05) for earlier, later in pairwise(changes))
 
 
 def test_a_relapse_starts_the_wait_anew() -> None:

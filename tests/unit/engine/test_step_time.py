@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def test_deeper_is_never_slower_and_more_is_never_faster(measured_s: list[list[f
             assert model.times_s[deep] <= model.times_s[shallow]
             assert all(d <= s for d, s in zip(model.times_s[deep], model.times_s[shallow], strict=True))
         times_s = [model.predict_s(shallow, size) for size in sorted(sizes)]
-        assert all(late >= early - 1e-9 for early, late in zip(times_s, times_s[1:], strict=False))
+        assert all(late >= early - 1e-9 for early, late in pairwise(times_s))
 
 
 def test_a_monotone_profile_is_kept_and_a_dent_is_lifted() -> None:

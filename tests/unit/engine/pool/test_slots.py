@@ -78,22 +78,17 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) ->
         load_slot(config(directory, load_format="safetensors"))
 
 
-def test_a_slot_is_the_only_owner_of_its_model_and_kv(model: Path) -> None:
-    slot = load_slot(config(model, brownout=BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0)))
-    profile_steps(Runner(slot), config(model), num_levels=2)
-    owned = [weakref.ref(slot), weakref.ref(slot.model), weakref.ref(slot.kv), weakref.ref(slot.kv.keys)]
-    del slot
-    gc.collect()
-    assert [ref() for ref in owned] == [None] * 4
-
-
-def test_the_profile_covers_every_level_and_the_largest_step(model: Path) -> None:
+def test_the_profile_covers_every_level_and_the_largest_step_and_keeps_no_slot_alive(model: Path) -> None:
     brownout = BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0, profile_repeats=1)
     slot = load_slot(config(model, brownout=brownout))
     measured = profile_steps(Runner(slot), config(model, brownout=brownout), len(slot.ladder))
     assert measured.token_counts == (1, 4, 16, 32)
     assert measured.num_levels == len(slot.ladder) == 3
     assert all(0 < deep <= shallow for deep, shallow in zip(measured.times_s[-1], measured.times_s[0], strict=True))
+    owned = [weakref.ref(part) for part in (slot, slot.model, slot.kv, slot.kv.keys)]
+    del slot
+    gc.collect()
+    assert [ref() for ref in owned] == [None] * 4
 
 
 def test_without_a_profile_a_guess_is_made(model: Path) -> None:

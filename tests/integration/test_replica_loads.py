@@ -1,0 +1,113 @@
+"""Loads on their way from replicas to routers through a real Redis, which may die and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest_asyncio
+
+from cluster.redis_server import RedisServer
+from cluster.router.loads import LEASE_S, LoadPublisher
+from cluster.router.policy import rank
+from cluster.router.registry import STALE_S, LoadRegistry
+from engine.types import EngineDeadError, EngineStats
+
+APP = "app"
+
+
+async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
+        await asyncio.sleep(0.01)
+
+
+class Replica:
+    """What a publisher publishes for; its load can be set, its engine can die."""
+
+    def __init__(self, redis_url: str, replica_id: str) -> None:
+        self.stats = EngineStats(max_num_seqs=8)
+        self.dead = False
+        self.publisher = LoadPublisher(redis_url, APP, replica_id, self._take_stats, max_num_batched_tokens=256)
+
+    def _take_stats(self) -> EngineStats:
+        if self.dead:
+            raise EngineDeadError("dead")
+        return self.stats
+
+
+@pytest_asyncio.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def replicas(redis: RedisServer) -> AsyncIterator[dict[str, Replica]]:
+    replicas = {replica_id: Replica(redis.url, replica_id) for replica_id in ("a", "b")}
+    for replica in replicas.values():
+        replica.publisher.start()
+    yield replicas
+    for replica in replicas.values():
+        await replica.publisher.stop()
+
+
+@pytest_asyncio.fixture
+async def registry(redis: RedisServer, replicas: dict[str, Replica]) -> AsyncIterator[LoadRegistry]:
+    registry = LoadRegistry(redis.url, APP)
+    registry.watch(["a", "b", "never started"])
+    await until(lambda: len(registry.loads()) == 2)
+    yield registry
+    await registry.close()
+
+
+def best(registry: LoadRegistry) -> str | None:
+    order = rank(["a", "b"], registry.loads(), registry.num_picked(), random.Random(0).random)
+    return order[0] if order else None
+
+
+async def test_loads_arrive_and_change(replicas: dict[str, Replica], registry: LoadRegistry) -> None:
+    assert set(registry.loads()) == {"a", "b"}
+    replicas["a"].stats = EngineStats(num_running=5, num_waiting=2, max_num_seqs=8, kv_used_frac=0.5)
+    await until(lambda: registry.loads()["a"].num_waiting == 2)
+    assert registry.loads()["a"].kv_used_frac == 0.5
+    assert best(registry) == "b"
+
+
+async def test_own_picks_count_until_the_published_load_shows_them(registry: LoadRegistry) -> None:
+    for _ in range(10):
+        registry.count_pick(best(registry))
+    assert registry.num_picked() == {"a": 5, "b": 5}
+    await until(lambda: not registry.num_picked())
+
+
+async def test_another_application_is_not_seen(redis: RedisServer, registry: LoadRegistry) -> None:
+    other = LoadRegistry(redis.url, "other")
+    other.watch(["a", "b"])
+    await asyncio.sleep(3 * STALE_S / 10)
+    assert not other.loads()
+    await other.close()
+
+
+async def test_a_stopped_or_dead_replica_is_unknown_at_once(
+    replicas: dict[str, Replica], registry: LoadRegistry
+) -> None:
+    replicas["a"].dead = True
+    started_s = time.monotonic()
+    await until(lambda: set(registry.loads()) == {"b"})
+    await replicas["b"].publisher.stop()
+    await until(lambda: not registry.loads())
+    assert time.monotonic() - started_s < LEASE_S  # withdrawn, not expired
+
+
+async def test_redis_dies_and_comes_back(
+    redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry
+) -> None:
+    redis.stop()
+    await until(lambda: best(registry) is None)  # no opinion: Serve's own choice is used
+    redis.start()
+    await until(lambda: best(registry) is not None)
