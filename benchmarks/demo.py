@@ -40,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenario", type=Path, default=REPOSITORY / "benchmarks/scenarios/demo.yaml")
     arguments = parser.parse_args(argv)
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: everything is stopped
+    _end_by_sigterm_as_by_ctrl_c()
     try:
         scenario = load_scenario(arguments.scenario)
         serve_file = load_serve_file(scenario.serve_config_path)
         slo = Slo(serve_file.config.slo.ttft_s, serve_file.config.slo.tpot_s)
         with _running(serve_file, console) as cluster:
-            measurement = asyncio.run(BurstDemo(cluster, scenario, slo, console).run())
+            demo = BurstDemo(cluster, scenario, slo, console)
+            _end_by_sigterm_as_by_ctrl_c()  # again, because joining Ray as a driver makes SIGTERM abort the process
+            measurement = asyncio.run(demo.run())
     except (ScenarioError, ConfigError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 2
@@ -81,6 +83,7 @@ class BurstDemo:
 
     def __init__(self, cluster: LocalCluster, scenario: Scenario, slo: Slo, console: Console) -> None:
         self._cluster = cluster
+        self._controller = cluster.controller
         self._scenario = scenario
         self._slo = slo
         self._console = console
@@ -97,7 +100,7 @@ class BurstDemo:
 
     async def _capacity(self, client: CompletionClient, vocab_size: int) -> Throughput:
         """Requests per second that the cluster completes at level 0 when it is never idle."""
-        await asyncio.to_thread(self._cluster.controller.set_policy, POLICIES["off"])
+        await asyncio.to_thread(self._controller.set_policy, POLICIES["off"])
         loop_spec = self._scenario.capacity.closed_loop
         requests = self._scenario.requests(vocab_size)
         with self._console.status(f"measuring capacity: {loop_spec.concurrency} clients for {loop_spec.end_s:g} s"):
@@ -106,15 +109,14 @@ class BurstDemo:
         return capacity
 
     async def _replay(self, name: str, client: CompletionClient, workload: Workload) -> Run:
-        controller = self._cluster.controller
-        await asyncio.to_thread(controller.set_policy, POLICIES[name])
+        await asyncio.to_thread(self._controller.set_policy, POLICIES[name])
         await asyncio.sleep(self._scenario.settle_s)
         monitor = RequestMonitor()
         levels: list[LevelSample] = []
         with self._console.status(f"brownout {name}") as status:
 
             def sample(at_s: float) -> None:
-                levels.append(LevelSample(at_s, level := _level_now(controller.status())))
+                levels.append(LevelSample(at_s, level := _level_now(self._controller.status())))
                 phase = self._scenario.phase_at(at_s)
                 progress = monitor.progress(at_s, len(workload.arrivals))
                 status.update(f"brownout {name}  {at_s:5.1f} s {phase:5}  {progress}  level {level:.1f}")
@@ -127,6 +129,10 @@ class BurstDemo:
             f"{metrics.violation_s} s in violation, SLO attainment {metrics.slo_attainment:.1%}"
         )
         return Run(metrics, records, levels)
+
+
+def _end_by_sigterm_as_by_ctrl_c() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _level_now(status: dict[str, Any]) -> float:

@@ -43,9 +43,9 @@ def spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) 
         )
 
 
-def marked_pids(value: str) -> list[int]:
-    """Processes whose environment carries the mark with ``value``."""
-    entry = f"{MARK}={value}".encode()
+def marked_pids(value: str, name: str = MARK) -> list[int]:
+    """Processes whose environment says ``name=value``."""
+    entry = f"{name}={value}".encode()
     pids = []
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():

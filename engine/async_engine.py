@@ -173,10 +173,9 @@ class AsyncEngine:
             self._call_soon(self._deliver, request.request_id, error)
 
     def _abort(self, request_id: str) -> None:
-        self._outbox.forget(request_id)
         output = self._engine.abort(request_id)
         if output is not None:
-            self._send([output])
+            self._send(self._outbox.collect([output], time.monotonic()))
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         if outputs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from engine.config import SchedulerConfig
+from dataclasses import replace
+
+from engine.config import EngineConfig, SloConfig
 from engine.governor import (
     GovernorState,
     StepObservation,
@@ -14,23 +16,44 @@ from engine.governor import (
 )
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
-from engine.types import BrownoutSetting, Levels
+from engine.types import BrownoutSetting, Levels, PhaseSetting
+
+SAFE_MARGIN = 0.8  # of the SLO that the safe policy plans for: it has nobody to correct its bias
+EXACT = BrownoutSetting.pinned(0)
+
+
+def safe_setting(last: BrownoutSetting, slo: SloConfig) -> BrownoutSetting:
+    """What holds when no controller renews the lease: the governor alone keeps the SLO.
+
+    It never dims deeper than the last setting allowed, so brownout that was switched off stays off.
+    """
+    return replace(
+        last,
+        prefill=PhaseSetting(0, last.prefill.ceiling, slo.ttft_s, SAFE_MARGIN),
+        decode=PhaseSetting(0, last.decode.ceiling, slo.tpot_s, SAFE_MARGIN),
+        law="safe",
+        reason="lease_expired",
+    )
 
 
 class Brownout:
     """Applies settings and chooses levels. ``may_dim`` False: the ladder's losses are unknown, so level 0 always."""
 
-    def __init__(self, model: StepTimeModel, config: SchedulerConfig, may_dim: bool) -> None:
-        self._config = config
+    def __init__(self, model: StepTimeModel, config: EngineConfig, may_dim: bool) -> None:
+        self._config = config.scheduler
+        self._slo = config.slo
+        self._safe_policy = config.brownout.safe_policy
         self._may_dim = may_dim
         self.governor = GovernorState.initial(model)
         self.levels = Levels()  # of the last step
         self._step_started_s = self._step_ended_s = float("inf")
-        self._safe = BrownoutSetting.pinned(0)
-        self._in_force = (self._safe, float("inf"))  # newest setting and when its lease ends; replaced as one
+        self._in_force = (EXACT, float("inf"))  # newest setting and when its lease ends; replaced as one
 
     def apply(self, setting: BrownoutSetting, now_s: float) -> bool:
-        """Put a setting in force, or renew its lease; False if a newer one is in force. Safe from any thread."""
+        """Put a setting in force, or renew its lease; False if a newer one is in force.
+
+        One thread applies; the engine's thread may read meanwhile.
+        """
         if self.newest.newer_than(setting):
             return False
         self._in_force = (setting, now_s + setting.lease_s)
@@ -46,11 +69,13 @@ class Brownout:
     def setting(self, now_s: float) -> BrownoutSetting:
         """The newest setting while its lease lasts, then the safe policy."""
         newest, lease_ends_s = self._in_force
-        return newest if now_s <= lease_ends_s else self._safe
+        if now_s <= lease_ends_s:
+            return newest
+        return safe_setting(newest, self._slo) if self._safe_policy == "governor" else EXACT
 
     def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
         """The level of the scheduled step."""
-        setting = self.setting(now_s) if self._may_dim else self._safe
+        setting = self.setting(now_s) if self._may_dim else EXACT
         observation = self._observe(scheduler, batch, now_s)
         self.governor, self.levels = choose_levels(self.governor, setting, observation, now_s)
         self._step_started_s = now_s

@@ -115,6 +115,8 @@ class BrownoutConfig:
     ``ways``: which united experts to load; empty builds an engine that cannot dim at all.
     ``united``: how united experts come about; "average" builds plain averages of the members at start, a baseline
     no better than dropping the experts, for models whose output does not matter.
+    ``safe_policy``: when the setting's lease ends without a controller, "governor" goes on dimming for the SLO, never
+    deeper than the last setting allowed; "exact" stops dimming.
     ``allow_unmeasured``: a ladder without measured quality losses may be climbed only if this says so by name.
     """
 
@@ -123,16 +125,18 @@ class BrownoutConfig:
     dimmer: str = "united"
     ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
     allow_unmeasured: bool = False
+    safe_policy: str = "governor"
     exempt_first: int = 2  # layers never dimmed
     exempt_last: int = 2
     protect: tuple[tuple[int, int], ...] = ()  # (layer, expert) pairs never dimmed
-    profile_repeats: int = 3  # step-time profile at start; 0: none, the governor learns while serving
+    profile_repeats: int = 3  # steps timed for each level and size at start; 0: none, all levels count as equally fast
 
     def __post_init__(self) -> None:
         require(all(w in WAYS for w in self.ways), "brownout.ways", list(self.ways), f"any of {list(WAYS)}")
         require(len(set(self.ways)) == len(self.ways), "brownout.ways", list(self.ways), "no way twice")
         require(self.united in UNITED_SOURCES, "brownout.united", self.united, ", ".join(UNITED_SOURCES))
         require(self.dimmer in DIMMERS, "brownout.dimmer", self.dimmer, ", ".join(DIMMERS))
+        require(self.safe_policy in SAFE_POLICIES, "brownout.safe_policy", self.safe_policy, ", ".join(SAFE_POLICIES))
         require(self.exempt_first >= 0, "brownout.exempt_first", self.exempt_first, "0 or more layers")
         require(self.exempt_last >= 0, "brownout.exempt_last", self.exempt_last, "0 or more layers")
         require(self.profile_repeats >= 0, "brownout.profile_repeats", self.profile_repeats, "0 or more")
@@ -141,6 +145,7 @@ class BrownoutConfig:
 WAYS = (2, 4, 8)
 UNITED_SOURCES = ("average",)
 DIMMERS = ("united", "paper")
+SAFE_POLICIES = ("governor", "exact")
 
 
 @dataclass(frozen=True, slots=True)

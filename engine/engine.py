@@ -56,7 +56,7 @@ class Engine:
         self._num_steps = self._num_tokens = self._num_preemptions = 0
         may_dim = slot.ladder.measured or config.brownout.allow_unmeasured
         model = profile_steps(self._runner, config, len(slot.ladder))
-        self.brownout = Brownout(model, config.scheduler, may_dim)
+        self.brownout = Brownout(model, config, may_dim)
         self.info = ModelInfo(
             name=config.model.served_name,
             vocab_size=slot.spec.vocab_size,

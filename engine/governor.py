@@ -17,7 +17,6 @@ places free up at max_num_seqs / mean output length per step).
 | floor < ceiling            | a lower level has been enough for DOWN_S   | one level down, at most one per DOWN_S    |
 | floor < ceiling            | no level keeps the budgets                 | ceiling                                   |
 | floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
-| lease expired              |                                            | as the safe policy's setting says         |
 """
 
 from __future__ import annotations

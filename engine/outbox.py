@@ -30,11 +30,6 @@ class Outbox:
                 self._sent_s[output.request_id] = now_s
         return due
 
-    def forget(self, request_id: str) -> None:
-        """Drop what a request has pending; it was aborted."""
-        self._pending.pop(request_id, None)
-        self._sent_s.pop(request_id, None)
-
     def _is_due(self, output: RequestOutput, now_s: float) -> bool:
         sent_s = self._sent_s.get(output.request_id)
         return sent_s is None or output.finished or now_s - sent_s >= self._interval_s

@@ -96,6 +96,11 @@ def _dimmers(
         protected[layer, expert] = True
     dimmer = Dimmer(ladder, groupings, protected, brownout.dimmer == "paper", device)
     dimmed = range(brownout.exempt_first, spec.num_layers - brownout.exempt_last)
+    if not dimmed:
+        raise ConfigError(
+            f"brownout.exempt_first is {brownout.exempt_first} and exempt_last {brownout.exempt_last}; allowed: fewer "
+            f"than the model's {spec.num_layers} layers together, or no ways at all"
+        )
     return [dimmer if layer in dimmed else None for layer in range(spec.num_layers)]
 
 

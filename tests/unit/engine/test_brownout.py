@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.brownout import Brownout
-from engine.config import SchedulerConfig
+from engine.config import BrownoutConfig, EngineConfig, ModelConfig, SchedulerConfig, SloConfig
 from engine.kv_cache.blocks import BlockManager
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.scheduler.sequence import Sequence
@@ -15,8 +15,10 @@ MODEL = StepTimeModel((1, 8), ((0.01, 0.08), (0.01, 0.04), (0.01, 0.02)))
 ANY_S = float("inf")
 
 
-def make_brownout(may_dim: bool = True) -> Brownout:
-    return Brownout(MODEL, CONFIG, may_dim)
+def make_brownout(may_dim: bool = True, safe_policy: str = "exact", slo: SloConfig | None = None) -> Brownout:
+    brownout = BrownoutConfig(safe_policy=safe_policy)
+    config = EngineConfig(ModelConfig("any"), scheduler=CONFIG, slo=slo or SloConfig(), brownout=brownout)
+    return Brownout(MODEL, config, may_dim)
 
 
 def make_scheduler(*sequences: Sequence) -> Scheduler:
@@ -74,6 +76,24 @@ def test_the_safe_policy_follows_the_lease_and_a_renewal_ends_it() -> None:
     assert brownout.apply(pinned(2, version=7, lease_s=10.0), 111.0)
     assert step(brownout, scheduler, 111.1)[0] == Levels(2, 2)
     assert not brownout.apply(pinned(1, version=6), 130.0)  # an expired setting still bars older ones
+
+
+@pytest.mark.parametrize(
+    ("last", "tpot_s", "expected"),
+    [
+        (pinned(2, lease_s=1.0), 1.0, 0),  # fast enough undimmed
+        (pinned(2, lease_s=1.0), 1e-6, 2),
+        (pinned(1, lease_s=1.0), 1e-6, 1),  # never deeper than the last setting allowed
+        (pinned(0, lease_s=1.0), 1e-6, 0),  # switched off stays off
+    ],
+)
+def test_without_a_controller_the_governor_keeps_the_slo_alone(
+    last: BrownoutSetting, tpot_s: float, expected: int
+) -> None:
+    brownout = make_brownout(safe_policy="governor", slo=SloConfig(ttft_s=100.0, tpot_s=tpot_s))
+    brownout.apply(last, 0.0)
+    scheduler = make_scheduler(sequence("a", 20, arrival_s=2.0))
+    assert step(brownout, scheduler, 2.0)[0] == Levels(expected, expected)
 
 
 def test_an_engine_that_may_not_dim_stays_exact_but_still_predicts() -> None:

@@ -1,0 +1,93 @@
+"""Real clusters for tests: Ray, Redis, controller, ingress and two replicas of a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.local import LocalCluster
+from cluster.processes import free_ports
+from cluster.serve_file import ServeFile, parse_serve_document
+from tests.models import write_config
+
+MODEL = "tiny"
+CONTEXT_TOKENS = 512
+
+
+@pytest.fixture(scope="session")
+def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Makes Serve YAML documents; keyword arguments replace sections of ``args``."""
+    model_path = write_config(tmp_path_factory.mktemp("models") / MODEL)
+
+    def make(**sections: Any) -> dict[str, Any]:
+        args = {
+            "model": {"path": str(model_path), "load_format": "random", "max_model_len": CONTEXT_TOKENS},
+            "replicas": 2,
+            "num_threads": 1,
+            "cache": {"num_blocks": 64},
+            "scheduler": {"max_num_seqs": 16, "max_num_batched_tokens": 64},
+            "brownout": {
+                "ways": [2],
+                "exempt_first": 0,
+                "exempt_last": 0,
+                "allow_unmeasured": True,
+                "profile_repeats": 0,
+            },
+            "controller": {"law": "static", "level": 0},
+            "ingress": {"idle_timeout_s": 60},
+        }
+        return {
+            "http_options": {"host": "127.0.0.1", "port": free_ports(1)[0]},
+            "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+            "applications": [
+                {
+                    "name": "brownoutserve",
+                    "import_path": "cluster.app:build",
+                    "route_prefix": "/",
+                    "args": {**args, **sections},
+                }
+            ],
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def serve_file(serve_document: Callable[..., dict[str, Any]]) -> Callable[..., ServeFile]:
+    """The same, checked."""
+    return lambda **sections: parse_serve_document(serve_document(**sections))
+
+
+@pytest.fixture(scope="session")
+def cluster(serve_file: Callable[..., ServeFile]) -> Iterator[LocalCluster]:
+    """One cluster for all tests that leave it as they found it. A Ray driver can join one cluster only at a time."""
+    with LocalCluster.start(serve_file()) as cluster:
+        yield cluster
+
+
+class Metrics:
+    """One reading of a cluster's /metrics."""
+
+    def __init__(self, url: str) -> None:
+        page = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
+        self._samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum over the series that carry ``labels``."""
+        return sum(
+            sample.value
+            for sample in self._samples
+            if sample.name == f"brownoutserve_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def label_values(self, label: str) -> set[str]:
+        return {sample.labels[label] for sample in self._samples if label in sample.labels}
+
+
+@pytest.fixture(scope="session")
+def read_metrics() -> Callable[[str], Metrics]:
+    return Metrics

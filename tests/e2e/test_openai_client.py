@@ -1,0 +1,140 @@
+"""The openai client against a whole cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+
+from cluster.local import LocalCluster
+from tests.e2e.conftest import CONTEXT_TOKENS, MODEL, Metrics
+from tests.e2e.waiting import until
+
+pytestmark = pytest.mark.cluster
+
+COMPLETION = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, "temperature": 0}
+
+
+@pytest_asyncio.fixture
+async def api(cluster: LocalCluster) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60) as api:
+        yield api
+
+
+async def streamed_text(api: openai.AsyncOpenAI, **body: object) -> str:
+    stream = await api.completions.create(**{**COMPLETION, **body}, stream=True)
+    return "".join([chunk.choices[0].text async for chunk in stream])
+
+
+async def test_models_and_health(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
+    assert [model.id for model in (await api.models.list()).data] == [MODEL]
+    assert httpx.get(f"{cluster.url}/health").json() == {"status": "ok", "replicas": 2}
+
+
+async def test_completion_streamed_and_whole(api: openai.AsyncOpenAI) -> None:
+    whole = await api.completions.create(**COMPLETION)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 24
+    assert whole.usage.model_extra["brownout"]["routed_pairs"] > 0
+    assert await streamed_text(api) == whole.choices[0].text
+
+
+async def test_chat_streamed_and_whole_with_usage(api: openai.AsyncOpenAI) -> None:
+    whole = await api.chat.completions.create(**CHAT)
+    stream = await api.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})
+    *parts, last = [chunk async for chunk in stream]
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage.total_tokens == whole.usage.total_tokens
+    assert set(last.usage.model_extra["brownout"]) == {
+        *("dimmed_share", "routed_pairs", "dimmed_pairs", "level_peak", "level_mean", "setting_version")
+    }
+
+
+async def test_logprobs_in_both_shapes(api: openai.AsyncOpenAI) -> None:
+    chat = await api.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2)
+    assert [len(token.top_logprobs) for token in chat.choices[0].logprobs.content] == [2] * 24
+    completion = await api.completions.create(**COMPLETION, logprobs=2)
+    assert len(completion.choices[0].logprobs.token_logprobs) == 24
+
+
+async def test_stop_and_seed(api: openai.AsyncOpenAI) -> None:
+    text = (await api.completions.create(**COMPLETION)).choices[0].text
+    stopped = await api.completions.create(**COMPLETION, stop=text[5:8])
+    assert (stopped.choices[0].finish_reason, stopped.choices[0].text) == ("stop", text[: text.index(text[5:8])])
+    assert await streamed_text(api, temperature=1, seed=3) == await streamed_text(api, temperature=1, seed=3)
+
+
+async def test_request_id_comes_back_once(cluster: LocalCluster) -> None:
+    async with httpx.AsyncClient(timeout=60) as client:
+        for body in (COMPLETION, {**COMPLETION, "max_tokens": -1}, {**COMPLETION, "stream": True}):
+            response = await client.post(
+                f"{cluster.url}/v1/completions", json=body, headers={"x-request-id": "trace-7"}
+            )
+            assert response.headers.get_list("x-request-id") == ["trace-7"]
+
+
+async def test_bad_input_through_the_whole_path(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
+    with pytest.raises(openai.NotFoundError):
+        await api.completions.create(**{**COMPLETION, "model": "other"})
+    with pytest.raises(openai.BadRequestError) as caught:
+        await api.completions.create(**{**COMPLETION, "max_tokens": 10**9}, stream=True)
+    assert caught.value.body["param"] == "max_tokens"
+    with pytest.raises(openai.BadRequestError) as caught:  # known to the engine only
+        await api.completions.create(**{**COMPLETION, "prompt": [10**6]})
+    assert caught.value.body["param"] == "prompt"
+    url = f"{cluster.url}/v1/completions"
+    for content, status in ((b"\xff", 400), (b"{", 400), (b" " * (5 * 1024 * 1024), 413)):
+        response = httpx.post(url, content=content, timeout=60)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_concurrent_streams_share_too_few_kv_blocks(
+    api: openai.AsyncOpenAI, cluster: LocalCluster, read_metrics: Callable[[str], Metrics]
+) -> None:
+    """32 streams want more blocks than both replicas have: some are preempted, all get their own whole answer."""
+    prompts = [f"Story number {number}:" for number in range(32)]
+    body = {"max_tokens": 96, "extra_body": {"ignore_eos": True}}
+    before = read_metrics(cluster.url)
+    texts = await asyncio.gather(*(streamed_text(api, prompt=prompt, **body) for prompt in prompts))
+    after = read_metrics(cluster.url)
+    assert after.total("preemptions_total") > before.total("preemptions_total")
+    for number in (0, 13, 31):
+        assert texts[number] == await streamed_text(api, prompt=prompts[number], **body)
+    by_replica = [
+        after.total("engine_requests_total", replica=replica, outcome="finished")
+        - before.total("engine_requests_total", replica=replica, outcome="finished")
+        for replica in after.label_values("replica")
+    ]
+    assert sum(by_replica) == 32
+    assert min(by_replica) >= 8  # the router spreads them
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_its_blocks(
+    cluster: LocalCluster, read_metrics: Callable[[str], Metrics], stream: bool
+) -> None:
+    long = {**COMPLETION, "max_tokens": CONTEXT_TOKENS - 16, "ignore_eos": True, "stream": stream}
+    before = read_metrics(cluster.url)
+    async with httpx.AsyncClient(timeout=60) as client:
+        if stream:
+            async with client.stream("POST", f"{cluster.url}/v1/completions", json=long) as response:
+                line = await anext(response.aiter_lines())
+                assert json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] is None
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(f"{cluster.url}/v1/completions", json=long, timeout=0.2)
+    until(lambda: (now := read_metrics(cluster.url)).total("running_requests") == 0 == now.total("kv_used_blocks"))
+    after = read_metrics(cluster.url)
+    num_tokens = after.total("tokens_total", phase="decode") - before.total("tokens_total", phase="decode")
+    assert num_tokens < CONTEXT_TOKENS / 2
+    endpoint = {"endpoint": "completions", "outcome": "disconnected"}
+    assert after.total("http_requests_total", **endpoint) == before.total("http_requests_total", **endpoint) + 1
+    assert after.total("http_requests_held") == 0
