@@ -43,14 +43,6 @@ def test_what_is_pending_leaves_in_time_though_its_stream_gains_nothing() -> Non
     assert outbox.collect([token("b", 9)], 1.0) == [token("a", 2), token("b", 9)]
 
 
-def test_a_forgotten_request_leaves_nothing_behind() -> None:
-    outbox = Outbox(interval_s=1.0)
-    outbox.collect([token("a", 1)], 0.0)
-    outbox.collect([token("a", 2)], 0.1)
-    outbox.forget("a")
-    assert outbox.collect([token("a", 7)], 0.2) == [token("a", 7)]  # the id used anew: its first token again
-
-
 def test_an_interval_of_zero_holds_nothing_back() -> None:
     outbox = Outbox(interval_s=0.0)
     for token_id in range(5):
