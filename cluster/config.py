@@ -28,6 +28,7 @@ from engine.config import (
     SloConfig,
 )
 
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -133,9 +134,10 @@ class ClusterConfig(_Section):
     def resolved_redis_url(self) -> str:
         """Raises ClusterConfigError when neither the configuration nor the environment names a Redis."""
         url = self.redis_url or os.environ.get("REDIS_URL", "")
-        if not url:
-            raise ClusterConfigError(
-                "redis_url is ''; allowed: a redis:// URL, here or as REDIS_URL in the environment"
+        if not url.startswith(REDIS_SCHEMES):
+            raise ClusterConfigError(  # its scheme only: a URL may hold a password
+                f"redis_url starts with {url.partition(':')[0]!r}; allowed: {', '.join(REDIS_SCHEMES)}, "
+                "here or as REDIS_URL in the environment"
             )
         return url
 

@@ -65,9 +65,12 @@ def end_marked(value: str, grace_s: float) -> None:
     deadline_s = time.monotonic() + grace_s
     while (pids := marked_pids(value)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    while pids := marked_pids(value):  # again, because a process may have started another meanwhile
+    num_empty_scans = 0
+    while num_empty_scans < 3:  # a process that is just being started shows no environment for a moment
+        pids = marked_pids(value)
         _signal_all(pids, signal.SIGKILL)
-        time.sleep(0.05)
+        num_empty_scans = 0 if pids else num_empty_scans + 1
+        time.sleep(0.02)
 
 
 def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:

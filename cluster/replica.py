@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -27,6 +28,7 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
+CONTROLLER_TIMEOUT_S = 10.0
 REFUSALS = (InvalidRequestError, EngineBusyError, EngineDeadError)
 
 
@@ -36,9 +38,12 @@ class EngineReplica:
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
+        locator = ControllerLocator(config, context.app_name)
+        controller = asyncio.create_task(locator.address())  # its process starts while the model loads
         self._engine = await AsyncEngine.start(config.engine_config())
+        await _wait_for(controller)
         self._agent = TelemetryAgent(
-            address_provider=ControllerLocator(config, context.app_name).address,
+            address_provider=locator.address,
             replica_id=self._replica_id,
             model_info=self._engine.info,
             on_setting=self._engine.apply_setting,
@@ -83,3 +88,12 @@ class EngineReplica:
     def _live_stats(self) -> EngineStats:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
         return self._engine.stats()
+
+
+async def _wait_for(controller: asyncio.Task[str]) -> None:
+    """A replica that is ready has a controller, so that operators find one; without it, it serves on safe settings."""
+    try:
+        async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
+            await controller
+    except Exception as error:
+        logger.warning("no controller yet (%r); serving without it", error)

@@ -10,6 +10,7 @@ from engine.governor import (
     StepObservation,
     Waiting,
     choose_levels,
+    observe_arrival,
     observe_finish,
     observe_step,
     sample_positions,
@@ -92,6 +93,9 @@ class Brownout:
             self.governor = observe_step(self.governor, 0, batch.num_tokens, step_time_s)
         elif self.levels.prefill == self.levels.decode or not batch.prefills:
             self.governor = observe_step(self.governor, self.levels.decode, batch.num_tokens, step_time_s)
+
+    def learn_arrival(self, now_s: float) -> None:
+        self.governor = observe_arrival(self.governor, now_s)
 
     def learn_finish(self, num_output_tokens: int) -> None:
         self.governor = observe_finish(self.governor, num_output_tokens)

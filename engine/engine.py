@@ -83,11 +83,11 @@ class Engine:
         """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed."""
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
-        state = RequestState(
-            request, self.tokenizer, self._clock() - request.waited_s, self.info.vocab_size, self._device
-        )
+        now_s = self._clock()
+        state = RequestState(request, self.tokenizer, now_s - request.waited_s, self.info.vocab_size, self._device)
         self.scheduler.add(state.sequence)
         self._requests[request.request_id] = state
+        self.brownout.learn_arrival(now_s)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; None if it is not here any more."""

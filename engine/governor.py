@@ -8,13 +8,17 @@ m[level] of the step time predicted for the recent batch shapes, and takes the l
 
 where steps(k) counts the steps until the k-th waiting request has its first token: its prompt and those before it in
 chunks of the token budget, and, when the batch is full, the steps until k places have become free (Little's law:
-places free up at max_num_seqs / mean output length per step).
+places free up at max_num_seqs / mean output length per step). On the way down it also asks whether the lower level
+carries what arrives, or a queue would only build up again:
+
+    m[level] <= max_num_seqs / (arrival rate * mean output length)             (a full batch keeps up with the arrivals)
 
 | setting                    | prediction                                 | level                                     |
 | -------------------------- | ------------------------------------------ | ----------------------------------------- |
 | floor == ceiling           | any                                        | floor, at once                            |
 | floor < ceiling            | a lower level would break a budget         | least level that keeps both, at once      |
 | floor < ceiling            | a lower level has been enough for DOWN_S   | one level down, at most one per DOWN_S    |
+| floor < ceiling            | ... but does not carry the arrivals        | kept                                      |
 | floor < ceiling            | no level keeps the budgets                 | ceiling                                   |
 | floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
 """
@@ -30,6 +34,7 @@ from engine.types import BrownoutSetting, Levels, PhaseSetting
 
 SMOOTHING_S = 0.4  # time constant of m[level]
 DOWN_S = 0.5  # a level must have been more than enough for so long before it is left
+ARRIVALS_S = 3.0  # time constant of the arrival rate
 MAX_QUEUE_SAMPLES = 16
 OUTPUT_LENGTH_GAIN = 0.05
 
@@ -64,6 +69,8 @@ class GovernorState:
     enough_since_s: float = math.inf  # since when a lower level would have been enough; inf: it would not
     updated_s: float = -math.inf
     mean_output_tokens: float = 64.0
+    arrivals_per_s: float = 0.0  # as of arrived_s; decays from then on
+    arrived_s: float = 0.0
 
     @staticmethod
     def initial(model: StepTimeModel) -> GovernorState:
@@ -83,6 +90,8 @@ def choose_levels(
     level, enough_since_s = max(0, state.level - int(observation.idle_s / DOWN_S)), state.enough_since_s
     if wanted >= level:
         level, enough_since_s = wanted, math.inf
+    elif _level_for_arrivals(state, observation.max_num_seqs, now_s) >= level:
+        enough_since_s = math.inf
     elif enough_since_s == math.inf:
         enough_since_s = now_s
     elif now_s - enough_since_s >= DOWN_S:
@@ -102,6 +111,11 @@ def observe_finish(state: GovernorState, num_output_tokens: int) -> GovernorStat
     """Learn how long answers are."""
     mean = state.mean_output_tokens
     return replace(state, mean_output_tokens=mean + OUTPUT_LENGTH_GAIN * (num_output_tokens - mean))
+
+
+def observe_arrival(state: GovernorState, now_s: float) -> GovernorState:
+    """Count a request that came at ``now_s``."""
+    return replace(state, arrivals_per_s=_arrivals_per_s(state, now_s) + 1 / ARRIVALS_S, arrived_s=now_s)
 
 
 def sample_positions(num_waiting: int) -> list[int]:
@@ -134,6 +148,17 @@ def _step_time_for_queue_s(setting: PhaseSetting, observation: StepObservation, 
         steps = max(1.0, prefill_steps, places_missing * steps_per_place + 1)
         longest_s = min(longest_s, (setting.margin * setting.budget_s - request.waited_s) / steps)
     return longest_s
+
+
+def _level_for_arrivals(state: GovernorState, max_num_seqs: int, now_s: float) -> int:
+    """The least level at which a full batch finishes requests as fast as they arrive."""
+    places_per_s = _arrivals_per_s(state, now_s) * state.mean_output_tokens
+    full_s = [max(m, state.model.predict_s(level, max_num_seqs)) for level, m in enumerate(state.smoothed_s)]
+    return _least_level(full_s, max_num_seqs / places_per_s if places_per_s else math.inf)
+
+
+def _arrivals_per_s(state: GovernorState, now_s: float) -> float:
+    return state.arrivals_per_s * math.exp(min(0.0, state.arrived_s - now_s) / ARRIVALS_S)
 
 
 def _clamp(level: int, setting: PhaseSetting, top: int) -> int:

@@ -81,10 +81,15 @@ class ServeBackend:
     async def reports(self) -> list[ReplicaReport]:
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
-                answers = await self._engines.broadcast("report").results_async(return_exceptions=True)
+                # Each by itself: the public results_async() gives all answers or, if one replica hangs, none.
+                pending = await self._engines.broadcast("report")._fetch_replica_results_async()
         except (TimeoutError, RayError, RayServeException, grpc.RpcError):
             return []
-        return sorted((a for a in answers if isinstance(a, ReplicaReport)), key=lambda report: report.replica_id)
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(result.get_async(), ASK_TIMEOUT_S) for result in pending), return_exceptions=True
+        )
+        reports = [answer for answer in answers if isinstance(answer, ReplicaReport)]
+        return sorted(reports, key=lambda report: report.replica_id)
 
 
 def _unavailable() -> ApiError:

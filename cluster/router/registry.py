@@ -109,4 +109,4 @@ class LoadRegistry:
     def _count_failure(self, error: Exception) -> None:
         self._num_failures = min(self._num_failures + 1, OPEN_AFTER_FAILURES + 10)
         if self._num_failures == OPEN_AFTER_FAILURES:
-            logger.warning("redis does not answer (%s); requests are routed by Serve's own choice", error)
+            logger.warning("loads cannot be read from redis (%s); requests are routed by Serve's own choice", error)

@@ -60,6 +60,17 @@ def test_the_engine_gets_what_the_file_says() -> None:
     assert controller.key_prefix == "brownoutserve:app"
 
 
+def test_redis_url_comes_from_the_file_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://of-the-environment")
+    assert parse_config({"model": MODEL}).resolved_redis_url() == "redis://of-the-environment"
+    assert parse_config({"model": MODEL, "redis_url": "redis://h/1"}).resolved_redis_url() == "redis://h/1"
+    for bad in ("", "http://user:secret@host:1/0"):
+        monkeypatch.setenv("REDIS_URL", bad)
+        with pytest.raises(ClusterConfigError, match=r"^redis_url starts with .*; allowed: redis://, ") as caught:
+            parse_config({"model": MODEL}).resolved_redis_url()
+        assert "secret" not in str(caught.value)
+
+
 def test_a_relative_model_path_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_path("deploy/models/demo-random") == PROJECT_ROOT / "deploy/models/demo-random"

@@ -18,6 +18,7 @@ from engine.governor import (
     StepObservation,
     Waiting,
     choose_levels,
+    observe_arrival,
     observe_finish,
     sample_positions,
 )
@@ -113,6 +114,22 @@ def test_one_level_down_per_down_s() -> None:
     changes = [step for step, (before, after) in enumerate(pairwise(levels)) if before != after]
     assert all(before - after in (0, 1) for before, after in pairwise(levels))
     assert all(later - earlier >= round(DOWN_S / 0.05) for earlier, later in pairwise(changes))
+
+
+@pytest.mark.parametrize(("arrivals_per_s", "expected"), [(4.0, 0), (8.0, 2), (100.0, TOP)])
+def test_stays_at_the_level_that_carries_the_arrivals(arrivals_per_s: float, expected: int) -> None:
+    """A full batch finishes 32 / (64 tokens x m) requests per second: 5 at level 0, 8.3 at level 2."""
+    state = replace(at_level(TOP), mean_output_tokens=64.0, arrivals_per_s=arrivals_per_s)
+    next_arrival_s = 0.0
+    for step in range(400):
+        now_s = step * 0.05
+        while next_arrival_s <= now_s:
+            state = observe_arrival(state, next_arrival_s)
+            next_arrival_s += 1 / arrivals_per_s
+        state, levels = choose_levels(state, setting(), full_step(), now_s)
+    assert levels.decode == expected
+    state, _ = run_for(30.0, state, setting(), full_step(), start_s=now_s)
+    assert state.level == 0  # nothing arrives any more
 
 
 def test_a_relapse_starts_the_wait_anew() -> None:
