@@ -134,8 +134,7 @@ class LocalCluster:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             self.check()
-            self._raise_deploy_failure()
-            if self._num_replicas_answering() >= self._file.config.replicas:
+            if self._is_deployed() and self._num_replicas_answering() >= self._file.config.replicas:
                 return
             time.sleep(POLL_S)
         raise ClusterError(f"the application was not ready within {timeout_s:g} s")
@@ -155,17 +154,20 @@ class LocalCluster:
             connect(self._head.gcs_address)
             self._connected = True
 
-    def _raise_deploy_failure(self) -> None:
+    def _is_deployed(self) -> bool:
+        """Whether Serve says that the application runs. Raises ClusterError when it never will."""
         details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
         app = details["applications"].get(self._file.app_name)
         if app is None:
-            return
+            return False
         messages = [app["message"], *(deployment["message"] for deployment in app["deployments"].values())]
         # A configuration that cannot work fails again however often Serve tries it: no use waiting.
         if found := next((match for message in messages if (match := OUR_ERROR.search(message))), None):
             raise ClusterError(found[1])
         if app["status"] == "DEPLOY_FAILED":
             raise ClusterError(f"the application could not be deployed: {_last_line(messages)}")
+        running: bool = app["status"] == "RUNNING"
+        return running
 
     def _num_replicas_answering(self) -> int:
         try:

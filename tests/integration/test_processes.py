@@ -1,0 +1,69 @@
+"""Finding and ending processes by their mark, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, marked_pids, spawn
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+# A process that ignores SIGTERM and has a child in a session of its own, as Ray's workers may.
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, subprocess, sys, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+    "print('ready', flush=True)\n"
+    "time.sleep(600)",
+]
+
+
+def test_every_marked_process_is_ended_and_no_other(tmp_path: Path) -> None:
+    ours, others = uuid.uuid4().hex, uuid.uuid4().hex
+    stranger = subprocess.Popen(SLEEP, env={**os.environ, MARK: others})
+    process = spawn(STUBBORN, {**os.environ, MARK: ours}, tmp_path, tmp_path / "log")
+    try:
+        while "ready" not in (tmp_path / "log").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert len(marked_pids(ours)) == 2
+        end_marked(ours, grace_s=0.2)
+        assert marked_pids(ours) == []
+        assert process.wait(10) == -signal.SIGKILL
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_spawned_process_ends_with_its_parent(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    parent = (
+        "import os, sys, pathlib; from cluster.processes import spawn\n"
+        f"spawn({SLEEP!r}, dict(os.environ), pathlib.Path('.'), pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", parent], env={**os.environ, MARK: mark}, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    for _ in range(200):
+        if not marked_pids(mark):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child outlived its parent")
+
+
+def test_ports() -> None:
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        assert not is_port_free(busy.getsockname()[1])
+    start = free_port_range(10)
+    assert all(is_port_free(port) for port in range(start, start + 10))
