@@ -18,7 +18,7 @@ def find_cluster(address: str | None = None) -> str:
     """
     if chosen := address or os.environ.get("RAY_ADDRESS"):
         return chosen
-    found = sorted(services.find_gcs_addresses())
+    found: list[str] = sorted(services.find_gcs_addresses())
     if not found:
         raise ClusterError("no Ray cluster runs on this machine; start one with `brownoutserve serve`")
     if len(found) > 1:

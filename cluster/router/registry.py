@@ -99,7 +99,7 @@ class LoadRegistry:
 
     def _pause_s(self) -> float:
         num_doublings = max(0, self._num_failures - OPEN_AFTER_FAILURES + 1)
-        return min(REFRESH_PERIOD_S * 2**num_doublings, MAX_BACKOFF_S)
+        return min(REFRESH_PERIOD_S * 2.0**num_doublings, MAX_BACKOFF_S)
 
     def _close_breaker(self) -> None:
         if self._num_failures >= OPEN_AFTER_FAILURES:

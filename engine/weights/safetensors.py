@@ -28,7 +28,7 @@ class SafetensorsCheckpoint:
         if path is None:
             raise CheckpointError(f"checkpoint {self._directory} has no tensor {spec.name}")
         try:
-            tensor = self._reader(path).get_tensor(spec.name)
+            tensor: Tensor = self._reader(path).get_tensor(spec.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {spec.name} from {path}: {error}") from error
         if tuple(tensor.shape) != spec.shape:
