@@ -98,7 +98,6 @@ class RayHead:
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_LOG_TO_STDERR": "0",
-            "RAY_worker_niceness": "0",  # Ray's default is 15: replicas would wait for everything else on the machine
             **inherited,
             # Of this cluster alone: with Serve's fixed defaults one cluster would answer another one's requests.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),

@@ -14,5 +14,3 @@ export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0
 export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
 export RAY_SERVE_LOG_TO_STDERR=0
 export RAY_SERVE_HAPROXY_BINARY_PATH="$PWD/deploy/ray/haproxy.sh"
-# By default Ray gives workers niceness 15: replicas would wait for everything else on the machine.
-export RAY_worker_niceness=0
