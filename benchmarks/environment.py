@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "ray", "transformers", "grpcio", "numpy")
+PACKAGES = ("torch", "ray", "transformers", "grpcio", "numpy", "triton")
 LOAD_AVERAGE_AT_START = os.getloadavg()[0]  # of one minute: what else the machine was busy with
 
 
@@ -23,9 +24,18 @@ def describe() -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": platform.platform(),
         },
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_package_versions()},
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
     }
+
+
+def _package_versions() -> dict[str, str]:
+    """Versions of the packages that are installed here."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _module_name() -> str:

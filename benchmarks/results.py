@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.scenario import REPOSITORY
 
-RESULTS = REPOSITORY / "benchmarks/results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_result(path: Path, figures: dict[str, Any]) -> None:

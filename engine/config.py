@@ -159,15 +159,19 @@ class EngineConfig:
     brownout: BrownoutConfig = field(default_factory=BrownoutConfig)
     device: str = "auto"  # auto: cuda if there is one, else cpu
     attention: str = "auto"
+    kernels: str = "auto"  # auto: triton on a GPU, else torch, the plain reference
+    cuda_graphs: bool = True  # decode steps replay CUDA graphs, where kernels and attention can
     num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
     stream_interval_s: float = 0.02  # a stream's tokens are sent at most this often; the first goes at once
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "device", self.device, ", ".join(DEVICES))
         require(self.attention in ATTENTION_BACKENDS, "attention", self.attention, ", ".join(ATTENTION_BACKENDS))
+        require(self.kernels in KERNELS, "kernels", self.kernels, ", ".join(KERNELS))
         require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
         require(self.stream_interval_s >= 0, "stream_interval_s", self.stream_interval_s, "0 or more seconds")
 
 
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "sdpa")
+ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "flash_attn3", "xformers")
+KERNELS = ("auto", "torch", "triton")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from engine.batch import BatchBuilder
+from engine.batch import BatchBuilder, DecodeRow
 from engine.kv_cache.blocks import BlockManager
 from engine.pool.slots import ModelSlot
-from engine.sampling import SamplingState, sample
+from engine.sampling import Sampled, SamplingState, sample
 from engine.scheduler.scheduler import ScheduledBatch
 from engine.types import Levels, Phase, TokenLogprob
+
+if TYPE_CHECKING:
+    from engine.graphs import DecodeGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,12 @@ class StepResult:
     logprobs: list[TokenLogprob | None]
     dimmed_pairs: list[int]
     step_time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    sampled: Sampled  # of the sequences that sample
+    dimmed_pairs: list[int]
 
 
 class Runner:
@@ -37,30 +47,57 @@ class Runner:
     ) -> StepResult:
         """Compute the batch at ``levels``; ``states`` maps request ids to sampling states."""
         start_s = time.perf_counter()
+        graphs = self.slot.graphs
+        if graphs is not None and not batch.prefills and len(batch) <= graphs.max_batch:
+            computed = self._run_graph(graphs, batch, blocks, levels, states)
+        else:
+            computed = self._run_eagerly(batch, blocks, levels, states)
+        token_ids: list[int | None] = [None] * len(batch)
+        logprobs: list[TokenLogprob | None] = [None] * len(batch)
+        sampled_at = [index for index, item in enumerate(batch) if item.samples]
+        for index, token_id, logprob in zip(
+            sampled_at, computed.sampled.token_ids, computed.sampled.logprobs, strict=True
+        ):
+            token_ids[index], logprobs[index] = token_id, logprob
+        return StepResult(token_ids, logprobs, computed.dimmed_pairs, time.perf_counter() - start_s)
+
+    def _run_eagerly(
+        self, batch: ScheduledBatch, blocks: BlockManager, levels: Levels, states: dict[str, SamplingState]
+    ) -> _Computed:
         builder = BatchBuilder(self.slot.kv.block_size)
-        sampled_at: list[int] = []
-        sampling_states: list[SamplingState] = []
-        for index, item in enumerate(batch):
+        for item in batch:
             sequence = item.sequence
             start = sequence.num_computed
             tokens = sequence.token_ids[start : start + item.num_tokens]
             table = blocks.block_ids(sequence.request_id)
             builder.add(tokens, start, table, item.phase, sequence.exact, item.samples)
-            if item.samples:
-                sampled_at.append(index)
-                sampling_states.append(states[sequence.request_id])
         inputs = builder.build(levels, self.slot.device)
         output = self.slot.model.forward(inputs, self.slot.kv)
         dimmed_pairs = torch.zeros(len(batch), dtype=torch.int64, device=self.slot.device)
         dimmed_pairs.index_add_(0, inputs.sequence_of_row, output.dimmed_pairs)
+        sampling = [states[item.sequence.request_id] for item in batch if item.samples]
+        sampled = sample(output.logits.float(), sampling) if sampling else Sampled([], [])
+        return _Computed(sampled, dimmed_pairs.tolist())
 
-        token_ids: list[int | None] = [None] * len(batch)
-        logprobs: list[TokenLogprob | None] = [None] * len(batch)
-        if sampled_at:
-            sampled = sample(output.logits, sampling_states)
-            for index, token_id, logprob in zip(sampled_at, sampled.token_ids, sampled.logprobs, strict=True):
-                token_ids[index], logprobs[index] = token_id, logprob
-        return StepResult(token_ids, logprobs, dimmed_pairs.tolist(), time.perf_counter() - start_s)
+    def _run_graph(
+        self,
+        graphs: DecodeGraphs,
+        batch: ScheduledBatch,
+        blocks: BlockManager,
+        levels: Levels,
+        states: dict[str, SamplingState],
+    ) -> _Computed:
+        rows = []
+        for item in batch:
+            sequence = item.sequence
+            position = sequence.num_computed
+            block_ids = blocks.block_ids(sequence.request_id)
+            rows.append(DecodeRow(sequence.token_ids[position], position, block_ids, sequence.exact))
+        output = graphs.run(rows, levels)
+        sampling = [states[item.sequence.request_id] for item in batch]
+        if all(state.takes_argmax for state in sampling):
+            return _Computed(Sampled(output.token_ids, [None] * len(rows)), output.dimmed_pairs)
+        return _Computed(sample(output.logits.float(), sampling), output.dimmed_pairs)
 
     @torch.inference_mode()
     def time_step(self, num_tokens: int, level: int, seed: int) -> float:
@@ -69,12 +106,16 @@ class Runner:
         Each row has a block of its own: rows that share one would see the same context and route alike.
         """
         generator = torch.Generator().manual_seed(seed)
-        builder = BatchBuilder(self.slot.kv.block_size)
         token_ids = torch.randint(self.slot.spec.vocab_size, (num_tokens,), generator=generator).tolist()
-        for row, token_id in enumerate(token_ids):
-            block_id = row % self.slot.kv.num_blocks
-            builder.add([token_id], 0, [block_id], Phase.DECODE, exact=False, samples=True)
+        rows = [DecodeRow(t, 0, [i % self.slot.kv.num_blocks], exact=False) for i, t in enumerate(token_ids)]
+        levels, graphs = Levels(level, level), self.slot.graphs
         start_s = time.perf_counter()
-        inputs = builder.build(Levels(level, level), self.slot.device)
-        self.slot.model.forward(inputs, self.slot.kv).logits.argmax(dim=-1).tolist()
+        if graphs is not None and num_tokens <= graphs.max_batch:
+            graphs.run(rows, levels)
+        else:
+            builder = BatchBuilder(self.slot.kv.block_size)
+            for row in rows:
+                builder.add([row.token_id], row.position, row.block_ids, Phase.DECODE, row.exact, samples=True)
+            inputs = builder.build(levels, self.slot.device)
+            self.slot.model.forward(inputs, self.slot.kv).logits.argmax(dim=-1).tolist()
         return time.perf_counter() - start_s

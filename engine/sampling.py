@@ -76,6 +76,11 @@ class SamplingState:
         return self._bias_ids is not None or self._masks_stop_ids or self._counts is not None
 
     @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is the model's own likeliest and nothing else is asked for."""
+        return self.params.greedy and self.params.logprobs is None and not self.adjusts_logits
+
+    @property
     def _masks_stop_ids(self) -> bool:
         return self._stop_ids is not None and self._num_output_tokens < self.params.min_tokens
 

@@ -11,21 +11,18 @@ from engine.batch import AttentionMetadata
 
 class SdpaAttention:
     name = "sdpa"
+    graphable = False
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
         out = torch.empty_like(queries)
-        if metadata.num_decodes:
-            n = metadata.num_decodes
-            out[:n] = self._decode(queries[:n], keys, values, metadata)
-        row = metadata.num_decodes
+        row = 0
         for sequence in range(metadata.num_decodes, len(metadata.query_lens)):
             end = row + metadata.query_lens[sequence]
             out[row:end] = self._prefill(queries[row:end], keys, values, metadata, sequence)
             row = end
         return out
 
-    @staticmethod
-    def _decode(queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def decode(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
         """All decode rows at once, padded to the longest context."""
         n, block_size = metadata.num_decodes, keys.shape[1]
         num_blocks = -(-max(metadata.context_lens[:n]) // block_size)

@@ -17,3 +17,8 @@ class RmsNorm:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # [T, D] each
+        """x + delta, and its norm: the end of one residual block and the start of the next."""
+        total = x + delta
+        return total, self(total)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kv_cache.storage import KvStorage
+
 
 class RotaryEmbedding:
     """cos and sin of every position, computed once."""
@@ -16,12 +18,26 @@ class RotaryEmbedding:
         self._cos = angles.cos().to(device)
         self._sin = angles.sin().to(device)
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [T, 1, head_dim] of the step's positions [T]; gathered once for all layers."""
-        return self._cos[positions].to(dtype).unsqueeze(1), self._sin[positions].to(dtype).unsqueeze(1)
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, head_dim] float32 of the step's positions [T]; gathered once for all layers."""
+        return self._cos[positions], self._sin[positions]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [T, H, head_dim] by cos, sin [T, 1, head_dim]."""
+    """Rotate heads [T, H, head_dim] by cos, sin [T, head_dim]."""
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, slots: Tensor, kv: KvStorage, layer: int
+) -> Tensor:
+    """Rotated queries [T, num_heads, head_dim]; rotated keys and plain values go to ``slots`` [T] of one layer's KV.
+
+    ``qkv`` [T, (num_heads + 2 num_kv_heads) head_dim] may be overwritten.
+    """
+    num_kv_heads, head_dim = kv.keys.shape[-2:]
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    kv.write(layer, slots, rotate(k, cos, sin), v)
+    return rotate(q, cos, sin)

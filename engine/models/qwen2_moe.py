@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend
+from engine.attention.base import Attention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import ConfigError
 from engine.kv_cache.storage import KvStorage
 from engine.layers.linear import GatedMlp, Linear
 from engine.layers.norm import RmsNorm
-from engine.layers.rotary import RotaryEmbedding, rotate
+from engine.layers.rotary import RotaryEmbedding
+from engine.models.kernels import Kernels
 from engine.models.spec import ModelSpec
 from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
@@ -80,44 +81,44 @@ class Qwen2Moe:
         source: WeightSource,
         dimmers: list[Dimmer | None],
         groupings: tuple[Grouping, ...],
-        attention: AttentionBackend,
+        attention: Attention,
+        kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._spec = spec
         self._attention = attention
+        self._kernels = kernels
         self._source = source
         self._dtype, self._device = dtype, device
         self._rotary = RotaryEmbedding(spec.head_dim, spec.max_position, spec.rope_theta, device)
         vocab_shape = (spec.vocab_size, spec.hidden_size)
         self._embedding = self._load("model.embed_tokens.weight", vocab_shape)
-        self._layers = [
+        self.layers = [
             self._load_layer(index, dimmer, groupings if dimmer else ()) for index, dimmer in enumerate(dimmers)
         ]
-        self._norm = self._load_norm("model.norm.weight")
+        norm = self._load_norm("model.norm.weight")
+        self._next_norms = [*(layer.input_norm for layer in self.layers[1:]), norm]
         self._lm_head = self._embedding if spec.tie_word_embeddings else self._load("lm_head.weight", vocab_shape)
         del self._source
 
     def forward(self, batch: ForwardBatch, kv: KvStorage) -> ForwardOutput:
         x = self._embedding[batch.token_ids]  # [T, D]
-        cos, sin = self._rotary.tables(batch.positions, x.dtype)
+        cos, sin = self._rotary.tables(batch.positions)
         dimmed_pairs = torch.zeros_like(batch.positions)
-        for index, layer in enumerate(self._layers):
-            x = x + self._attend(index, layer, layer.input_norm(x), cos, sin, batch, kv)
-            x = x + layer.moe(layer.post_attention_norm(x), batch.rows, dimmed_pairs)
-        logits = F.linear(self._norm(x[batch.sample_rows]), self._lm_head)
-        return ForwardOutput(logits.float(), dimmed_pairs)
+        normed = self.layers[0].input_norm(x)
+        for index, (layer, next_norm) in enumerate(zip(self.layers, self._next_norms, strict=True)):
+            x, normed = layer.post_attention_norm.add(x, self._attend(index, layer, normed, cos, sin, batch, kv))
+            x, normed = next_norm.add(x, layer.moe(normed, batch.rows, dimmed_pairs))
+        logits = F.linear(normed[batch.sample_rows], self._lm_head)
+        return ForwardOutput(logits, dimmed_pairs)
 
     def _attend(
         self, index: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, kv: KvStorage
     ) -> Tensor:
-        spec = self._spec
-        q, k, v = layer.qkv(x).split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
-        q = rotate(q.unflatten(-1, (spec.num_heads, spec.head_dim)), cos, sin)
-        k = rotate(k.unflatten(-1, (spec.num_kv_heads, spec.head_dim)), cos, sin)
-        v = v.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
-        kv.write(index, batch.attention.slot_mapping, k, v)
-        out = self._attention.forward(q, kv.keys[index], kv.values[index], batch.attention)
+        slots = batch.attention.slot_mapping
+        queries = self._kernels.rotate_and_store(layer.qkv(x), cos, sin, self._spec.num_heads, slots, kv, index)
+        out = self._attention.forward(queries, kv.keys[index], kv.values[index], batch.attention)
         return layer.output(out.flatten(1))
 
     # Loading
@@ -126,7 +127,7 @@ class Qwen2Moe:
         return self._source.get(TensorSpec(name, shape, init)).to(self._device, self._dtype)
 
     def _load_norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self._load(name, (self._spec.hidden_size,), Init.ONES), self._spec.rms_norm_eps)
+        return self._kernels.norm(self._load(name, (self._spec.hidden_size,), Init.ONES), self._spec.rms_norm_eps)
 
     def _load_layer(self, index: int, dimmer: Dimmer | None, groupings: tuple[Grouping, ...]) -> DecoderLayer:
         spec, prefix = self._spec, f"model.layers.{index}."
@@ -151,7 +152,7 @@ class Qwen2Moe:
             (spec.shared_expert_size, spec.hidden_size),
             (spec.hidden_size, spec.shared_expert_size),
         )
-        return MoeLayer(
+        return self._kernels.moe_layer(
             index=index,
             gate=Gate(
                 self._load(f"{prefix}gate.weight", (spec.num_experts, spec.hidden_size)),

@@ -49,21 +49,21 @@ class Dimmer:
         device: torch.device,
     ) -> None:
         num_experts = protected.shape[1]
-        self._protected = protected.to(device)
-        self._rank_by_count = rank_by_count
-        self._identity = torch.arange(num_experts, device=device)
+        self.protected = protected.to(device)
+        self.rank_by_count = rank_by_count
+        self.identity = torch.arange(num_experts, device=device)
         # united_of[w, e]: packed id of the united expert of e; in row 0, the exact level, e itself.
-        united_of = self._identity.repeat(len(groupings) + 1, 1)
+        united_of = self.identity.repeat(len(groupings) + 1, 1)
         next_id = num_experts
         for row, grouping in enumerate(groupings, start=1):
             for members in grouping.groups:
                 united_of[row, list(members)] = next_id
                 next_id += 1
-        self._united_of = united_of
-        self._num_packed = next_id
+        self.united_of = united_of
+        self.num_packed = next_id
         row_of_way = {1: 0} | {grouping.way: row for row, grouping in enumerate(groupings, start=1)}
-        self._way_row = torch.tensor([row_of_way[level.way] for level in ladder.levels], device=device)
-        self._share = torch.tensor([level.share for level in ladder.levels], device=device)
+        self.way_row = torch.tensor([row_of_way[level.way] for level in ladder.levels], device=device)
+        self.share = torch.tensor([level.share for level in ladder.levels], device=device)
 
     def rewrite(self, layer: int, routing: Routing, rows: RowInfo) -> Dimmed:
         """Send the cold part of the dimmable pairs to united experts."""
@@ -75,10 +75,10 @@ class Dimmer:
 
     def _remap(self, layer: int, routing: Routing, may_dim: Tensor, levels: Tensor) -> Tensor:
         """expert |-> packed id, for each phase: [2, E]."""
-        num_experts = self._identity.shape[0]
+        num_experts = self.identity.shape[0]
         flat_ids = routing.ids.flatten()
         mass = torch.zeros(num_experts, device=flat_ids.device)
-        pair_mass = torch.ones_like(routing.weights) if self._rank_by_count else routing.weights
+        pair_mass = torch.ones_like(routing.weights) if self.rank_by_count else routing.weights
         mass.index_add_(0, flat_ids, pair_mass.flatten().float())
         kept_pairs = (~may_dim)[:, None].expand_as(routing.ids).flatten()
         kept = torch.zeros(num_experts, device=flat_ids.device).index_add_(0, flat_ids, kept_pairs.float()) > 0
@@ -86,17 +86,17 @@ class Dimmer:
         ranked, order = mass.sort(descending=True, stable=True)
         mass_before = torch.empty_like(mass)
         mass_before[order] = ranked.cumsum(0) - ranked  # mass of the experts ranked above
-        hot = mass_before < ((1 - self._share[levels]) * mass.sum())[:, None]  # [2, E]
+        hot = mass_before < ((1 - self.share[levels]) * mass.sum())[:, None]  # [2, E]
 
-        cold = (mass > 0) & ~hot & ~kept & ~self._protected[layer]
-        united = self._united_of[self._way_row[levels]]  # [2, E]
-        num_cold = torch.zeros(2, self._num_packed, dtype=torch.int64, device=mass.device)
+        cold = (mass > 0) & ~hot & ~kept & ~self.protected[layer]
+        united = self.united_of[self.way_row[levels]]  # [2, E]
+        num_cold = torch.zeros(2, self.num_packed, dtype=torch.int64, device=mass.device)
         num_cold.scatter_add_(1, united, cold.long())
-        return torch.where(cold & (num_cold.gather(1, united) >= 2), united, self._identity)
+        return torch.where(cold & (num_cold.gather(1, united) >= 2), united, self.identity)
 
     def _merge_duplicates(self, ids: Tensor, weights: Tensor) -> Routing:
         """Pairs of a row with one id become its first pair with the summed weight; the others get no expert."""
         first = (ids[:, :, None] == ids[:, None, :]).to(torch.int8).argmax(dim=2)  # [T, A] column of the first equal id
         is_first = first == torch.arange(ids.shape[1], device=ids.device)
         summed = torch.zeros_like(weights).scatter_add_(1, first, weights)
-        return Routing(torch.where(is_first, ids, self._num_packed), summed)
+        return Routing(torch.where(is_first, ids, self.num_packed), summed)

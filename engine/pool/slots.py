@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.attention.select import create_attention
 from engine.config import ConfigError, EngineConfig
 from engine.kv_cache.storage import KvStorage
+from engine.models.kernels import create_kernels
 from engine.models.qwen2_moe import Qwen2Moe
 from engine.models.registry import load_spec
 from engine.models.spec import ModelSpec
@@ -23,15 +25,19 @@ from engine.weights.manifest import WeightSource
 from engine.weights.random import RandomWeights
 from engine.weights.safetensors import SafetensorsCheckpoint
 
+if TYPE_CHECKING:
+    from engine.graphs import DecodeGraphs
+
 
 @dataclass(slots=True, weakref_slot=True)
 class ModelSlot:
-    """One model on one device: weights, KV pool, dimming tables."""
+    """One model on one device: weights, KV pool, dimming tables, decode graphs."""
 
     spec: ModelSpec
     ladder: Ladder
     model: Qwen2Moe
     kv: KvStorage
+    graphs: DecodeGraphs | None
     max_model_len: int
     device: torch.device
 
@@ -56,18 +62,25 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     dtype = _resolve_dtype(config.model.dtype, spec, device)
     source: WeightSource
     if config.model.load_format == "random":
-        source = RandomWeights(config.model.seed)
+        source = RandomWeights(config.model.seed, device)
     else:
         source = SafetensorsCheckpoint(directory)
+    block_size = config.cache.block_size
+    attention = create_attention(config.attention, device, spec.head_dim, dtype, block_size)
+    kernels = create_kernels(config.kernels, spec, device)
     model = Qwen2Moe(
-        spec, source, _dimmers(config, spec, ladder, groupings, device), groupings,
-        create_attention(config.attention), dtype, device,
-    )  # fmt: skip
+        spec, source, _dimmers(config, spec, ladder, groupings, device), groupings, attention, kernels, dtype, device
+    )
     max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
     num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
-    kv = KvStorage(spec, num_blocks, config.cache.block_size, dtype, device)
-    max_model_len = min(max_model_len, (num_blocks - 1) * config.cache.block_size)
-    return ModelSlot(spec, ladder, model, kv, max_model_len, device)
+    kv = KvStorage(spec, num_blocks, block_size, dtype, device)
+    max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
+    graphs = None
+    if config.cuda_graphs and kernels.name == "triton" and attention.decode_backend.graphable:
+        from engine.graphs import DecodeGraphs
+
+        graphs = DecodeGraphs(model, kv, max_model_len, config.scheduler.max_num_seqs, device)
+    return ModelSlot(spec, ladder, model, kv, graphs, max_model_len, device)
 
 
 def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:

@@ -35,5 +35,5 @@ class WeightSource(Protocol):
     """Where weights come from: a checkpoint on disk or a seed."""
 
     def get(self, spec: TensorSpec) -> Tensor:
-        """The tensor on the CPU, shape as specified. Raises CheckpointError."""
+        """The tensor, on whichever device the source has it, shape as specified. Raises CheckpointError."""
         ...

@@ -13,16 +13,17 @@ INITIALIZER_RANGE = 0.02  # Hugging Face's default initializer_range
 
 
 class RandomWeights:
-    """Each tensor depends only on (seed, name, shape), never on the order of reading."""
+    """Each tensor depends only on (seed, name, shape, kind of device), never on the order of reading."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
+        self._device = device
 
     def get(self, spec: TensorSpec) -> Tensor:
         if spec.init is Init.ONES:
-            return torch.ones(spec.shape)
+            return torch.ones(spec.shape, device=self._device)
         if spec.init is Init.ZEROS:
-            return torch.zeros(spec.shape)
+            return torch.zeros(spec.shape, device=self._device)
         # One 32-bit number of both: torch's CPU generator ignores the upper half of its seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode(), self._seed))
-        return torch.empty(spec.shape).normal_(0.0, INITIALIZER_RANGE, generator=generator)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(spec.name.encode(), self._seed))
+        return torch.empty(spec.shape, device=self._device).normal_(0.0, INITIALIZER_RANGE, generator=generator)

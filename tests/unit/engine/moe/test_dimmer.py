@@ -44,6 +44,7 @@ def rewrite(
     rows = RowInfo(
         phase=torch.full((num_tokens,), int(Phase.DECODE)),
         exact=torch.tensor(exact or [False] * num_tokens),
+        valid=torch.ones(num_tokens, dtype=torch.bool),
         levels=torch.tensor([prefill_level, level]),
     )
     return (dimmer or make_dimmer()).rewrite(0, routing, rows)
@@ -149,6 +150,7 @@ def test_a_mixed_batch_uses_each_rows_own_phase() -> None:
     rows = RowInfo(
         phase=torch.tensor([int(Phase.DECODE)] * 6 + [int(Phase.PREFILL)] * 6),
         exact=torch.zeros(12, dtype=torch.bool),
+        valid=torch.ones(12, dtype=torch.bool),
         levels=torch.tensor([0, 8]),
     )
     after = make_dimmer().rewrite(0, routing, rows)

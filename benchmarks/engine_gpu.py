@@ -1,0 +1,239 @@
+"""What the engine's steps cost on a GPU: decode at each brownout setting and batch size, prefill, attention backends.
+
+Random weights of the model's real shapes, drawn on the card. Times are of the step itself, without scheduling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.results import RESULTS, markdown_table, write_result
+from engine.attention.base import DecodeBackend
+from engine.attention.select import create_attention
+from engine.batch import AttentionMetadata, BatchBuilder, DecodeRow
+from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
+from engine.pool.slots import ModelSlot, load_slot
+from engine.types import Levels, Phase
+
+MODEL = Path(__file__).resolve().parents[1] / "deploy/models/qwen1.5-moe-a2.7b"
+WAYS = (2, 4, 8)
+BATCH_SIZES = (1, 8, 16, 32, 64, 128, 256)
+CONTEXT_TOKENS = 160
+PREFILLS = ((16, 512), (64, 256), (64, 1024), (32, 2048))  # sequences, tokens each
+PREFILL_STEP_TOKENS = 8192
+MAX_MODEL_LEN = 4096
+NUM_BLOCKS = 64 * 1024 // 16 + 1
+REPLAYS = 10
+SAMPLES = 5
+
+
+def load(exempt: int, ways: tuple[int, ...]) -> ModelSlot:
+    """The model on the card, with ``exempt`` layers at each end never dimmed."""
+    slot = load_slot(
+        EngineConfig(
+            ModelConfig(str(MODEL), load_format="random", max_model_len=MAX_MODEL_LEN),
+            cache=CacheConfig(num_blocks=NUM_BLOCKS),
+            scheduler=SchedulerConfig(max_num_seqs=max(BATCH_SIZES), max_num_batched_tokens=PREFILL_STEP_TOKENS),
+            brownout=BrownoutConfig(ways=ways, exempt_first=exempt, exempt_last=exempt, allow_unmeasured=True),
+        )
+    )
+    slot.kv.keys.normal_()
+    slot.kv.values.normal_()
+    return slot
+
+
+def deepest_levels(slot: ModelSlot) -> dict[str, int]:
+    """Setting's name |-> level: the exact one, and of each way the one that dims all it may."""
+    num_dimmed = sum(layer.moe.dimmer is not None for layer in slot.model.layers)
+    deepest = {f"way{level.way}_max{num_dimmed}": i for i, level in enumerate(slot.ladder.levels) if level.share == 1}
+    return {"level0": 0} | deepest
+
+
+def decode_rows(slot: ModelSlot, num_rows: int) -> list[DecodeRow]:
+    """Random tokens, each at the end of a context of its own."""
+    rng = random.Random(num_rows)
+    blocks_each = CONTEXT_TOKENS // slot.kv.block_size
+    return [
+        DecodeRow(
+            rng.randrange(slot.spec.vocab_size),
+            CONTEXT_TOKENS - 1,
+            list(range(1 + i * blocks_each, 1 + (i + 1) * blocks_each)),
+            exact=False,
+        )
+        for i in range(num_rows)
+    ]
+
+
+def decode_step_ms(slot: ModelSlot, level: int, num_rows: int) -> float:
+    """Milliseconds of GPU time per graph replay, gaps between replays included."""
+    assert slot.graphs is not None
+    slot.graphs.run(decode_rows(slot, num_rows), Levels(decode=level))
+    size = slot.graphs.size_of(num_rows)
+    return time_ms(lambda: slot.graphs.replay(size))
+
+
+def time_ms(launch: Callable[[], object]) -> float:
+    """Median over SAMPLES of the mean of REPLAYS launches, by the GPU's clock."""
+    launch()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(SAMPLES):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(REPLAYS):
+            launch()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPLAYS)
+    return median(times)
+
+
+@torch.inference_mode()
+def prefill_tok_s(slot: ModelSlot, num_sequences: int, length: int) -> tuple[float, Callable[[], None]]:
+    """Prompt tokens per second, in steps of whole sequences, host work included, best of three; and one such run."""
+    rng = random.Random(length)
+    blocks_each = length // slot.kv.block_size
+    per_step = max(1, PREFILL_STEP_TOKENS // length)
+    prompts = [[rng.randrange(slot.spec.vocab_size) for _ in range(length)] for _ in range(num_sequences)]
+
+    def run() -> None:
+        for first in range(0, num_sequences, per_step):
+            builder = BatchBuilder(slot.kv.block_size)
+            for i, prompt in enumerate(prompts[first : first + per_step], start=first):
+                blocks = list(range(1 + i * blocks_each, 1 + (i + 1) * blocks_each))
+                builder.add(prompt, 0, blocks, Phase.PREFILL, exact=False, samples=True)
+            output = slot.model.forward(builder.build(Levels(), slot.device), slot.kv)
+            output.logits.argmax(-1).tolist()
+
+    best_s = math.inf
+    for _ in range(3):
+        start_s = time.perf_counter()
+        run()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return num_sequences * length / best_s, run
+
+
+def decode_backends(block_size: int) -> Iterator[DecodeBackend]:
+    """Every decode backend that runs here."""
+    for name in ("auto", "flash_attn3", "flash_attn", "xformers"):
+        try:
+            yield create_attention(name, torch.device("cuda"), 128, torch.bfloat16, block_size).decode_backend
+        except ConfigError as error:
+            logging.warning("%s", error)
+
+
+def attention_ms(num_sequences: int, context: int, num_heads: int = 16, block_size: int = 256) -> dict[str, float]:
+    """Milliseconds of one layer's decode attention, by backend; layers of KV in turn, so that none is in the cache."""
+    device, width = torch.device("cuda"), -(-context // block_size)
+    pools = torch.randn(8, 2, num_sequences * width, block_size, num_heads, 128, device=device, dtype=torch.bfloat16)
+    queries = torch.randn(num_sequences, num_heads, 128, device=device, dtype=torch.bfloat16)
+    metadata = AttentionMetadata(
+        num_decodes=num_sequences,
+        query_lens=(1,) * num_sequences,
+        context_lens=(context,) * num_sequences,
+        prefill_starts_dev=torch.zeros(1, dtype=torch.int32, device=device),
+        context_lens_dev=torch.full((num_sequences,), context, dtype=torch.int32, device=device),
+        block_table=torch.arange(num_sequences * width, dtype=torch.int32, device=device).view(num_sequences, width),
+        slot_mapping=torch.zeros(num_sequences, dtype=torch.int64, device=device),
+    )
+    times = {}
+    for backend in decode_backends(block_size):
+
+        def run(backend: DecodeBackend = backend) -> None:
+            for keys, values in pools:
+                backend.decode(queries, keys, values, metadata)
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times[backend.name] = time_ms(graph.replay) / len(pools)
+    return times
+
+
+def profile(run: Callable[[], object], repeats: int) -> list[dict[str, float | str]]:
+    """Kernels of one run by time, slowest first: name, launches, microseconds."""
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    rows = [
+        {
+            "kernel": event.key[:80],
+            "launches": event.count / repeats,
+            "us": round(event.self_device_time_total / repeats, 1),
+        }
+        for event in profiler.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -float(row["us"]))
+
+
+def measure_decode(slot: ModelSlot, suffix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """Setting's name, and its step time in ms by batch size."""
+    for name, level in deepest_levels(slot).items():
+        yield name + suffix, {str(b): round(decode_step_ms(slot, level, b), 3) for b in BATCH_SIZES}
+
+
+def measure_profiles(slot: ModelSlot) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
+    """Profiles of decode steps, undimmed and dimmed, and of one prefill step."""
+    assert slot.graphs is not None
+    levels = deepest_levels(slot)
+    for name, batch in (("level0", 1), ("level0", 64), (max(levels, key=levels.__getitem__), 64)):
+        slot.graphs.run(decode_rows(slot, batch), Levels(decode=levels[name]))
+        size = slot.graphs.size_of(batch)
+        yield f"{name} batch {batch}", profile(lambda size=size: slot.graphs.replay(size), REPLAYS)
+    _, prefill = prefill_tok_s(slot, 8, 1024)
+    yield "prefill 8x1024", profile(prefill, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_gpu", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one model only: all layers may be dimmed")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    card = torch.cuda.get_device_name()
+    figures: dict[str, object] = {"card": card}
+    decode: dict[str, dict[str, float]] = {}
+    profiles: dict[str, list[dict[str, float | str]]] = {}
+    models = ((0, WAYS, ""),) if arguments.quick else ((0, (), "_without_united"), (2, WAYS, ""), (0, WAYS, ""))
+    for exempt, ways, suffix in models:
+        started_s = time.perf_counter()
+        slot = load(exempt, ways)
+        print(f"exempt {exempt}, ways {ways}: loaded in {time.perf_counter() - started_s:.1f} s", flush=True)
+        for name, times in measure_decode(slot, suffix):
+            decode[name] = times
+            print(name, times, flush=True)
+        if exempt == 0 and ways:
+            tok_s = {f"{n}x{length}": round(prefill_tok_s(slot, n, length)[0]) for n, length in PREFILLS}
+            figures["prefill_tok_s"] = tok_s
+            print(tok_s, flush=True)
+            profiles = dict(measure_profiles(slot))
+        del slot
+        torch.cuda.empty_cache()
+    figures["decode_step_ms"] = decode
+    figures["attention_ms"] = {f"{n}x{c}": attention_ms(n, c) for n, c in ((64, CONTEXT_TOKENS), (64, 1056), (1, 1056))}
+    print(figures["attention_ms"], flush=True)
+    write_result(arguments.out / "h100_engine.json", figures)
+    (arguments.out / "h100_step_profile.json").write_text(json.dumps({"card": card, **profiles}, indent=1) + "\n")
+    print(markdown_table(("setting", *map(str, BATCH_SIZES)), [(n, *map(str, row.values())) for n, row in decode.items()]))
+    for name, rows in profiles.items():
+        print(f"{name}: {sum(float(row['us']) for row in rows):.0f} us in kernels")
+        print(markdown_table(("kernel", "launches", "us"), [tuple(map(str, row.values())) for row in rows[:18]]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

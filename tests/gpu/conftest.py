@@ -1,0 +1,29 @@
+"""GPU tests: skipped without a GPU. With TRITON_INTERPRET=1 those of single kernels run on the CPU, slowly."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where a single Triton kernel can run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if INTERPRETED:
+        return torch.device("cpu")
+    pytest.skip("needs an NVIDIA GPU, or TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return torch.device("cuda")

@@ -1,0 +1,113 @@
+"""The whole engine on a GPU: Triton kernels and decode graphs against the plain torch path on the same card."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
+from tests.models import write_checkpoint
+
+NUM_TOKENS = 40
+UNITED = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0)
+
+Prompts = list[tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    rng = random.Random(0)
+    return [tuple(rng.randrange(4096) for _ in range(rng.choice((1, 3, 16, 17, 40, 90)))) for _ in range(13)]
+
+
+def make_engine(checkpoint: Path, kernels: str = "triton", brownout: BrownoutConfig = UNITED, **options: object) -> Engine:
+    config = EngineConfig(
+        ModelConfig(str(checkpoint), dtype="float32"),
+        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=512),
+        cache=CacheConfig(num_blocks=512),
+        brownout=brownout,
+        device="cuda",
+        kernels=kernels,
+    )
+    return Engine(replace(config, **options))  # type: ignore[arg-type]
+
+
+def generate(engine: Engine, prompts: Iterable[tuple[int, ...]]) -> tuple[list[list[int]], list[int]]:
+    """Greedy tokens and dimmed pairs of each prompt; every fourth refuses to be dimmed."""
+    answers: dict[str, list[int]] = {}
+    dimmed: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=NUM_TOKENS - index, temperature=0, ignore_eos=True)
+        consent = ServiceClass.FULL if index % 4 == 3 else ServiceClass.STANDARD
+        engine.add(GenerationRequest(str(index), prompt, sampling, consent))
+        answers[str(index)] = []
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.request_id] += output.token_ids
+            if output.usage is not None:
+                dimmed[output.request_id] = output.usage.brownout.dimmed_pairs
+    return list(answers.values()), [dimmed[request_id] for request_id in answers]
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_triton_equals_torch(
+    gpu: torch.device, checkpoint: Path, prompts: Prompts, level: int, cuda_graphs: bool
+) -> None:
+    results = []
+    for engine in (make_engine(checkpoint, "torch"), make_engine(checkpoint, cuda_graphs=cuda_graphs)):
+        assert engine.apply_setting(BrownoutSetting.pinned(level))
+        results.append(generate(engine, prompts))
+    assert results[0] == results[1]
+    assert (sum(results[0][1]) > 0) == (level > 0)
+
+
+def test_a_level_change_acts_on_the_next_replay(gpu: torch.device, checkpoint: Path) -> None:
+    engine = make_engine(checkpoint)
+    sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    for index in range(8):
+        engine.add(GenerationRequest(str(index), (index + 5,), sampling))
+    engine.step()
+    dimmed_at = []
+    for version, level in enumerate((0, 4, 0, 2), start=1):
+        engine.apply_setting(replace(BrownoutSetting.pinned(level), version=version))
+        before = sum(s.dimmed_pairs for s in engine.scheduler.running)
+        engine.step()
+        dimmed_at.append(sum(s.dimmed_pairs for s in engine.scheduler.running) - before)
+    assert dimmed_at[0] == dimmed_at[2] == 0
+    assert dimmed_at[1] >= dimmed_at[3] > 0
+
+
+def test_level_0_is_bit_identical_with_united_experts_loaded(
+    gpu: torch.device, checkpoint: Path, prompts: Prompts
+) -> None:
+    logits = []
+    for brownout in (BrownoutConfig(profile_repeats=0), UNITED):
+        engine = make_engine(checkpoint, brownout=brownout)
+        slot = engine.leave()
+        run, recorded = slot.graphs.run, []
+
+        def run_and_record(rows, levels, run=run, recorded=recorded):  # type: ignore[no-untyped-def]
+            output = run(rows, levels)
+            recorded.append(output.logits.clone())
+            return output
+
+        slot.graphs.run = run_and_record
+        engine.take_up(slot)
+        generate(engine, prompts)
+        logits.append(recorded)
+    plain, united = logits
+    assert len(plain) == len(united) > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, united, strict=True))

@@ -1,0 +1,94 @@
+"""The small fused kernels and paged decode attention against their plain torch references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.attention.paged_decode import paged_decode
+from engine.attention.sdpa import SdpaAttention
+from engine.batch import AttentionMetadata
+from engine.kv_cache.storage import KvStorage
+from engine.layers import fused, rotary
+from engine.layers.linear import silu_and_mul
+from engine.layers.norm import RmsNorm
+from engine.models.spec import ModelSpec
+
+
+def draw(*shape: int, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def tiny_spec(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="Qwen2MoeForCausalLM", num_layers=2, hidden_size=64, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=128, num_experts=4, num_experts_per_token=2,
+        expert_size=32, shared_expert_size=32, norm_topk_prob=False, qkv_bias=True, rope_theta=1e4,
+        rms_norm_eps=1e-6, tie_word_embeddings=False, max_position=512, dtype="float32",
+    )  # fmt: skip
+
+
+def test_norm_with_residual_and_a_stack_of_addends(kernel_device: torch.device) -> None:
+    x, stack = draw(5, 96, device=kernel_device), draw(3, 5, 96, device=kernel_device, seed=1)
+    weight = draw(96, device=kernel_device, seed=2)
+    reference, norm = RmsNorm(weight, 1e-6), fused.FusedRmsNorm(weight, 1e-6)
+    torch.testing.assert_close(norm(x), reference(x))
+    torch.testing.assert_close(norm.add(x, stack[0]), reference.add(x, stack[0]))
+    torch.testing.assert_close(norm.add(x, stack), reference.add(x, stack.sum(0)))
+
+
+def test_rotation_writes_the_cache_and_returns_queries(kernel_device: torch.device) -> None:
+    spec = tiny_spec(num_heads=4, num_kv_heads=2, head_dim=32)
+    pools = [KvStorage(spec, 6, 4, torch.float32, kernel_device) for _ in range(2)]
+    qkv = draw(5, spec.q_size + 2 * spec.kv_size, device=kernel_device)
+    slots = torch.tensor([7, 23, 4, 11, 12], device=kernel_device)
+    embedding = rotary.RotaryEmbedding(32, 512, 1e4, kernel_device)
+    cos, sin = embedding.tables(torch.tensor([0, 5, 511, 3, 77], device=kernel_device))
+    queries = [
+        twin.rotate_and_store(qkv.clone(), cos, sin, spec.num_heads, slots, kv, 1)
+        for twin, kv in zip((rotary, fused), pools, strict=True)
+    ]
+    torch.testing.assert_close(queries[1], queries[0])
+    torch.testing.assert_close(pools[1].keys, pools[0].keys)
+    torch.testing.assert_close(pools[1].values, pools[0].values)
+
+
+def test_gated_activation(kernel_device: torch.device) -> None:
+    gate_up, share_logits = draw(5, 2 * 40, device=kernel_device), draw(5, device=kernel_device, seed=1)
+    expected = silu_and_mul(gate_up) * share_logits.sigmoid()[:, None]
+    torch.testing.assert_close(fused.silu_and_mul_gated(gate_up, share_logits), expected)
+
+
+def test_argmax_takes_the_first_of_equals(kernel_device: torch.device) -> None:
+    logits = draw(3, 20_000, device=kernel_device, dtype=torch.bfloat16)
+    logits[0, [9_000, 19_999]] = 50
+    logits[1, 0] = 50
+    logits[2, [100, 101]] = 50
+    assert fused.argmax(logits).tolist() == [9_000, 0, 100]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2)])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_paged_decode_equals_sdpa(
+    kernel_device: torch.device, num_heads: int, num_kv_heads: int, block_size: int, parts: int
+) -> None:
+    lens = (1, 63, 64, 129, 200)
+    width = -(-max(lens) // block_size)
+    num_blocks = len(lens) * width + 1
+    keys = draw(num_blocks, block_size, num_kv_heads, 64, device=kernel_device, seed=1)
+    values = draw(num_blocks, block_size, num_kv_heads, 64, device=kernel_device, seed=2)
+    table = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)).reshape(len(lens), width)
+    metadata = AttentionMetadata(
+        num_decodes=len(lens),
+        query_lens=(1,) * len(lens),
+        context_lens=lens,
+        prefill_starts_dev=torch.zeros(1, dtype=torch.int32, device=kernel_device),
+        context_lens_dev=torch.tensor(lens, dtype=torch.int32, device=kernel_device),
+        block_table=table.int().to(kernel_device),
+        slot_mapping=torch.zeros(len(lens), dtype=torch.int64, device=kernel_device),
+    )
+    queries = draw(len(lens), num_heads, 64, device=kernel_device)
+    expected = SdpaAttention().decode(queries, keys, values, metadata)
+    out = paged_decode(queries, keys, values, metadata.block_table, metadata.context_lens_dev, parts)
+    torch.testing.assert_close(out, expected)
