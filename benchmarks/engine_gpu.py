@@ -228,7 +228,9 @@ def main() -> int:
     print(figures["attention_ms"], flush=True)
     write_result(arguments.out / "h100_engine.json", figures)
     (arguments.out / "h100_step_profile.json").write_text(json.dumps({"card": card, **profiles}, indent=1) + "\n")
-    print(markdown_table(("setting", *map(str, BATCH_SIZES)), [(n, *map(str, row.values())) for n, row in decode.items()]))
+    print(
+        markdown_table(("setting", *map(str, BATCH_SIZES)), [(n, *map(str, row.values())) for n, row in decode.items()])
+    )
     for name, rows in profiles.items():
         print(f"{name}: {sum(float(row['us']) for row in rows):.0f} us in kernels")
         print(markdown_table(("kernel", "launches", "us"), [tuple(map(str, row.values())) for row in rows[:18]]))

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ class DecodeGraphs:
     def _fill(self, rows: Sequence[DecodeRow], levels: Levels, size: int) -> None:
         num_rows, block_size = len(rows), self._kv.block_size
         positions = [row.position for row in rows]
-        slots = [row.block_ids[p // block_size] * block_size + p % block_size for row, p in zip(rows, positions, strict=True)]
+        slots = [
+            row.block_ids[p // block_size] * block_size + p % block_size for row, p in zip(rows, positions, strict=True)
+        ]
         scalars = self._host_scalars.numpy()
         scalars[:, num_rows:size] = 0
         scalars[CONTEXT_LEN, num_rows:size] = 1
@@ -119,7 +122,7 @@ class DecodeGraphs:
         )
 
     @torch.inference_mode()
-    def _capture(self, size: int, pool: tuple[int, int]) -> _Captured:
+    def _capture(self, size: int, pool: Any) -> _Captured:
         batch = self._batch(size)
         host_results = torch.zeros(2, size, dtype=torch.int64, pin_memory=True)
         stream = torch.cuda.Stream(priority=-1)  # small kernels of the main chain go before the shared expert's

@@ -112,9 +112,7 @@ def _paged_decode_kernel(
 
 
 @triton.jit
-def _join_kernel(
-    wide_ptr, log_sums_ptr, out_ptr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def _join_kernel(wide_ptr, log_sums_ptr, out_ptr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     columns = tl.arange(0, HEAD_DIM)

@@ -19,9 +19,7 @@ from engine.config import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def create_attention(
-    name: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int
-) -> Attention:
+def create_attention(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int) -> Attention:
     """The backends called ``name`` (checked by EngineConfig); "auto" takes the fastest here and logs why.
 
     Raises ConfigError when the named backend cannot run here.

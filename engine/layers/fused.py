@@ -112,9 +112,7 @@ def silu_and_mul_gated(gate_up: Tensor, share_logits: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size)
     block = min(1024, triton.next_power_of_2(size))
-    _silu_and_mul_gated_kernel[(num_tokens, triton.cdiv(size, block))](
-        gate_up, share_logits, out, size, BLOCK=block
-    )
+    _silu_and_mul_gated_kernel[(num_tokens, triton.cdiv(size, block))](gate_up, share_logits, out, size, BLOCK=block)
     return out
 
 

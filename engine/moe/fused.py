@@ -25,6 +25,7 @@ from engine.moe.gate import Routing
 from engine.moe.layer import MoeLayer
 from engine.moe.tiles import MoeTiles, Tile, TileTable
 
+
 @dataclass(slots=True)
 class FusedMoeLayer(MoeLayer):
     """MoeLayer whose result is a stack of addends [A + 1, T, D]: the pairs by column, then the shared expert.
@@ -124,7 +125,8 @@ def _weights(table: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
 @triton.jit(do_not_specialize=["num_columns", "no_expert", "num_column_tiles"])
 def _gate_up_kernel(
     x_ptr, weights, order_ptr, tiles_ptr, out_ptr, num_columns, no_expert, num_column_tiles,
-    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile = tiles_ptr + (tl.program_id(0) // num_column_tiles) * 3
     first, end = tl.load(tile + 1), tl.load(tile + 2)
@@ -171,7 +173,8 @@ def _gate_up_kernel(
 def _down_kernel(
     hidden_ptr, weights, pair_weights_ptr, order_ptr, tiles_ptr, out_ptr,
     num_tokens, num_columns, no_expert, num_column_tiles,
-    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile = tiles_ptr + (tl.program_id(0) // num_column_tiles) * 3
     first, end = tl.load(tile + 1), tl.load(tile + 2)

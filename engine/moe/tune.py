@@ -141,7 +141,9 @@ def best_tiles(problem: _Problem) -> tuple[MoeTiles, float]:
 
 def _best(times: dict[Tile, tuple[float, float]]) -> Tile:
     fastest = min(undimmed for undimmed, _ in times.values())
-    return min((tile for tile, (undimmed, _) in times.items() if undimmed <= fastest * TOLERANCE), key=lambda t: times[t][1])
+    return min(
+        (tile for tile, (undimmed, _) in times.items() if undimmed <= fastest * TOLERANCE), key=lambda t: times[t][1]
+    )
 
 
 def _measure(problem: _Problem, product: str, rows: int) -> Iterable[tuple[Tile, tuple[float, float]]]:

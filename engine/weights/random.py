@@ -10,12 +10,13 @@ from torch import Tensor
 from engine.weights.manifest import Init, TensorSpec
 
 INITIALIZER_RANGE = 0.02  # Hugging Face's default initializer_range
+CPU = torch.device("cpu")
 
 
 class RandomWeights:
     """Each tensor depends only on (seed, name, shape, kind of device), never on the order of reading."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device = CPU) -> None:
         self._seed = seed
         self._device = device
 

@@ -15,6 +15,8 @@ from engine.engine import Engine
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
 from tests.models import write_checkpoint
 
+pytestmark = pytest.mark.gpu
+
 NUM_TOKENS = 40
 UNITED = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0)
 
@@ -32,7 +34,9 @@ def prompts() -> Prompts:
     return [tuple(rng.randrange(4096) for _ in range(rng.choice((1, 3, 16, 17, 40, 90)))) for _ in range(13)]
 
 
-def make_engine(checkpoint: Path, kernels: str = "triton", brownout: BrownoutConfig = UNITED, **options: object) -> Engine:
+def make_engine(
+    checkpoint: Path, kernels: str = "triton", brownout: BrownoutConfig = UNITED, **options: object
+) -> Engine:
     config = EngineConfig(
         ModelConfig(str(checkpoint), dtype="float32"),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=512),

@@ -14,6 +14,8 @@ from engine.layers.linear import silu_and_mul
 from engine.layers.norm import RmsNorm
 from engine.models.spec import ModelSpec
 
+pytestmark = pytest.mark.gpu
+
 
 def draw(*shape: int, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

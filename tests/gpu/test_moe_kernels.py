@@ -16,6 +16,8 @@ from engine.moe.ladder import Ladder, Level
 from engine.moe.tiles import MoeTiles, Tile
 from engine.moe.united import consecutive_groups
 
+pytestmark = pytest.mark.gpu
+
 NUM_EXPERTS = 60
 TOP_K = 4
 HIDDEN = 96
@@ -144,7 +146,9 @@ def test_experts_equal_the_plain_computation(
         return torch.randn(*shape, generator=generator).to(kernel_device, dtype)
 
     num_packed = 9
-    experts = PackedExperts(draw_here(num_packed, 2 * size, hidden), draw_here(num_packed, hidden, size), num_originals=6)
+    experts = PackedExperts(
+        draw_here(num_packed, 2 * size, hidden), draw_here(num_packed, hidden, size), num_originals=6
+    )
     x = draw_here(num_tokens, hidden)
     ids = torch.rand(num_tokens, num_packed + 1, generator=generator).argsort(-1)[:, :3].int().to(kernel_device)
     weights = torch.rand(num_tokens, 3, generator=generator).to(kernel_device)

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.select import create_attention
+from engine.attention.base import Attention
+from engine.attention.sdpa import SdpaAttention
 from engine.batch import AttentionMetadata, BatchBuilder
 from engine.types import Levels, Phase
 
 HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 8, 4, 40
+SDPA = Attention(SdpaAttention(), SdpaAttention())
 
 
 def metadata_of(chunks: list[tuple[int, int]], seed: int) -> AttentionMetadata:
@@ -62,7 +64,7 @@ def test_equals_dense_attention(
     metadata = metadata_of(chunks, seed)
     keys, values = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM, generator=generator)
     queries = torch.randn(sum(metadata.query_lens), num_heads, HEAD_DIM, generator=generator)
-    out = create_attention("sdpa").forward(queries, keys, values, metadata)
+    out = SDPA.forward(queries, keys, values, metadata)
     torch.testing.assert_close(out, dense(queries, keys, values, metadata), rtol=1e-4, atol=1e-5)
 
 
@@ -71,10 +73,10 @@ def test_padding_and_later_slots_are_not_seen(context: int) -> None:
     metadata = metadata_of([(context, 1), (3 * BLOCK_SIZE, 1)], seed=0)
     keys, values = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, 1, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     queries = torch.ones(2, 1, HEAD_DIM)
-    before = create_attention("sdpa").forward(queries, keys, values, metadata)
+    before = SDPA.forward(queries, keys, values, metadata)
     table = metadata.block_table[0].tolist()
     for position in range(context, 3 * BLOCK_SIZE):
         block = table[position // BLOCK_SIZE]
         keys[block, position % BLOCK_SIZE] = values[block, position % BLOCK_SIZE] = 1e4
-    after = create_attention("sdpa").forward(queries, keys, values, metadata)
+    after = SDPA.forward(queries, keys, values, metadata)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
