@@ -1,4 +1,4 @@
-"""GPU tests: skipped without a GPU or Triton. With TRITON_INTERPRET=1 those of single kernels run on the CPU, slowly."""
+"""GPU tests: skipped without a GPU or Triton. TRITON_INTERPRET=1 runs those of single kernels on the CPU, slowly."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_rotary_turns_each_half_split_pair_by_its_angle() -> None:
     head_dim, theta = 8, 100.0
     rotary = RotaryEmbedding(head_dim, 32, theta, torch.device("cpu"))
     x, positions = randn(3, 2, head_dim), torch.tensor([0, 5, 31])
-    out = rotate(x, *rotary.tables(positions, torch.float32))
+    out = rotate(x, *rotary.tables(positions))
     for row, position in enumerate(positions.tolist()):
         for pair in range(head_dim // 2):
             angle = position / theta ** (2 * pair / head_dim)
@@ -54,7 +54,7 @@ def test_rotary_scores_depend_on_the_distance_only(distance: int) -> None:
     q, k = randn(1, 1, 8), randn(1, 1, 8, seed=1)
 
     def score(position: int) -> torch.Tensor:
-        turned_q = rotate(q, *rotary.tables(torch.tensor([position + distance]), torch.float32))
-        return (turned_q * rotate(k, *rotary.tables(torch.tensor([position]), torch.float32))).sum()
+        turned_q = rotate(q, *rotary.tables(torch.tensor([position + distance])))
+        return (turned_q * rotate(k, *rotary.tables(torch.tensor([position])))).sum()
 
     torch.testing.assert_close(score(0), score(40), rtol=1e-4, atol=1e-4)
