@@ -5,6 +5,7 @@ A ``Choice`` collects one answer; an ``Endpoint`` knows the object names and the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(ABC):
     """Base of the two shapes. ``created_s`` is Unix time; ``prefix_texts`` go before each choice's text (echo)."""
 
     response_id: str
@@ -51,16 +52,17 @@ class Endpoint:
     tokens: TokenTexts
     prefix_texts: Sequence[str] = ()
 
+    @abstractmethod
     def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        raise NotImplementedError
+        """The whole answer, when it is not streamed."""
 
+    @abstractmethod
     def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any]:
         """One streamed event; ``choice`` has not taken ``output`` yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The last event before [DONE], if the client asked for usage."""
-        raise NotImplementedError
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], usage: Mapping[str, Any] | None) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ that the library and the API agree. Null means "not given".
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -107,9 +108,9 @@ class GenerationBody(_Body):
         return "max_tokens", self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None: no logprobs."""
-        raise NotImplementedError
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
         """For the first choice of a prompt. Raises InvalidRequestError."""
