@@ -73,7 +73,8 @@ def serve(config: Path, port: int | None) -> None:
         with console.status("starting Ray, Redis, the controller, the ingress and the replicas"):
             cluster = LocalCluster.start(config, port)
         with cluster:
-            console.print(_welcome(cluster.url, cluster.dashboard_url, cluster.file.config.model.served_name))
+            welcome = _welcome(cluster.url, cluster.dashboard_url, cluster.file.config.model.served_name)
+            console.print(welcome, soft_wrap=True)  # the command in it is there to be copied
             try:
                 while True:
                     time.sleep(WATCH_PERIOD_S)

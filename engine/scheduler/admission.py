@@ -40,9 +40,9 @@ def check_queue(num_waiting: int, max_num_waiting: int) -> None:
         raise EngineBusyError(f"{num_waiting} requests are waiting, the most is {max_num_waiting}")
 
 
-def has_room(sequence: Sequence, blocks: BlockManager) -> bool:
-    """Whether free blocks cover all the sequence's tokens and the next one.
+def has_room(sequence: Sequence, num_cached: int, blocks: BlockManager) -> bool:
+    """Whether free blocks cover all the sequence's tokens but the ``num_cached`` that it shares, and the next one.
 
     Asking for all, not only for the first chunk, keeps a prompt from being preempted halfway by its own neighbours.
     """
-    return blocks.num_free * blocks.block_size > len(sequence.token_ids)
+    return num_cached + blocks.num_free * blocks.block_size > len(sequence.token_ids)

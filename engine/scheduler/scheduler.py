@@ -153,10 +153,12 @@ class Scheduler:
 
     def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
-            if not has_room(self.waiting.peek(), self.blocks):
-                break
-            sequence = self.waiting.pop()
+            sequence = self.waiting.peek()
             num_cached = self.blocks.start(sequence.request_id, sequence.token_ids, sequence.exact)
+            if not has_room(sequence, num_cached, self.blocks):
+                self.blocks.free(sequence.request_id)
+                break
+            self.waiting.pop()
             sequence.num_computed = num_cached
             if sequence.admitted_s is None:
                 sequence.admitted_s = now_s

@@ -222,6 +222,20 @@ def test_a_wholly_cached_prompt_computes_one_block_for_its_logits() -> None:
     assert harness.finished == ["first", "again"]
 
 
+def test_a_shared_prefix_needs_no_room_of_its_own() -> None:
+    harness = Harness(num_blocks=16, max_num_batched_tokens=64)
+    prefix = range(40)
+    first = harness.add("a", prefix, max_tokens=8)
+    harness.step()
+    second = harness.add("b", [*prefix, 1, 2, 3], max_tokens=4)  # 11 blocks, of which 10 are the other's; 4 are free
+    third = harness.add("c", [7] * 20)
+    harness.step()
+    assert [s.request_id for s in harness.scheduler.running] == ["a", "b"]
+    assert (second.num_cached, first.num_cached) == (40, 0)
+    assert third.admitted_s is None
+    harness.blocks.check_invariants()
+
+
 def test_the_pool_may_hold_just_one_sequence() -> None:
     harness = Harness(num_blocks=4)
     for name in "abc":
