@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MARK = "BROWNOUTSERVE_CLUSTER"
+QUIET_S = 0.6  # without a marked process in sight, a cluster counts as ended
 
 # Asks the kernel for SIGTERM when the parent's thread ends, then becomes the command. A short interpreter start instead
 # of a preexec_fn, because Python code between fork and exec may deadlock in a parent that runs gRPC or Ray threads.
@@ -66,11 +67,13 @@ def end_marked(value: str, grace_s: float) -> None:
     deadline_s = time.monotonic() + grace_s
     while (pids := marked_pids(value)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    num_empty_scans = 0
-    while num_empty_scans < 3:  # a process that is just being started shows no environment for a moment
-        pids = marked_pids(value)
-        _signal_all(pids, signal.SIGKILL)
-        num_empty_scans = 0 if pids else num_empty_scans + 1
+    # Ray replaces agents that end before it does, and a process that is just being started shows no environment until
+    # it has been scheduled, which takes a while on a busy machine.
+    quiet_since_s = time.monotonic()
+    while time.monotonic() - quiet_since_s < QUIET_S:
+        if pids := marked_pids(value):
+            _signal_all(pids, signal.SIGKILL)
+            quiet_since_s = time.monotonic()
         time.sleep(0.02)
 
 
