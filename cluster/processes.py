@@ -62,19 +62,48 @@ def marked_pids(value: str, name: str = MARK) -> list[int]:
 
 
 def end_marked(value: str, grace_s: float) -> None:
-    """SIGTERM to all marked processes, SIGKILL to those that are there after ``grace_s``."""
-    _signal_all(marked_pids(value), signal.SIGTERM)
+    """SIGTERM to all marked processes and their descendants, SIGKILL to those that are there after ``grace_s``."""
+    family = _Family(value)
+    _signal_all(family.members(), signal.SIGTERM)
     deadline_s = time.monotonic() + grace_s
-    while (pids := marked_pids(value)) and time.monotonic() < deadline_s:
+    while family.members() and time.monotonic() < deadline_s:
         time.sleep(0.05)
     # Ray replaces agents that end before it does, and a process that is just being started shows no environment until
     # it has been scheduled, which takes a while on a busy machine.
     quiet_since_s = time.monotonic()
     while time.monotonic() - quiet_since_s < QUIET_S:
-        if pids := marked_pids(value):
+        if pids := family.members():
             _signal_all(pids, signal.SIGKILL)
             quiet_since_s = time.monotonic()
         time.sleep(0.02)
+
+
+class _Family:
+    """Marked processes and all that descend from them: Ray's agents write their title over their environment."""
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+        self._started: dict[int, str] = {}  # pid |-> start time, which tells a process from a later one of its pid
+
+    def members(self) -> list[int]:
+        """Those alive now, with whatever has joined since the last call."""
+        parent_of: dict[int, int] = {}
+        started: dict[int, str] = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                state, parent, *rest = (directory / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # gone
+                continue
+            if state != "Z":
+                parent_of[int(directory.name)], started[int(directory.name)] = int(parent), rest[17]
+        found = {pid for pid, start in self._started.items() if started.get(pid) == start}
+        found.update(pid for pid in marked_pids(self._value) if pid in started)
+        joined = found
+        while joined:
+            joined = {pid for pid, parent in parent_of.items() if parent in joined and pid not in found}
+            found |= joined
+        self._started = {pid: started[pid] for pid in found}
+        return sorted(found)
 
 
 def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:

@@ -44,6 +44,26 @@ def test_every_marked_process_is_ended_and_no_other(tmp_path: Path) -> None:
         stranger.wait()
 
 
+def test_a_child_without_the_mark_is_ended_too(tmp_path: Path) -> None:
+    mark, log = uuid.uuid4().hex, tmp_path / "log"
+    parent = (
+        "import subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "child = subprocess.Popen(sleep, env={}, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    process = spawn([sys.executable, "-c", parent], {**os.environ, MARK: mark}, tmp_path, log)
+    while not log.read_text().endswith("\n"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    child = Path("/proc", log.read_text().strip())
+    assert child.exists()
+    end_marked(mark, grace_s=5.0)
+    process.wait(10)
+    assert not child.exists() or "Z" in (child / "stat").read_text().rpartition(")")[2].split()
+
+
 def test_a_spawned_process_ends_with_its_parent(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     parent = (
