@@ -5,7 +5,7 @@ Letters: see engine/types.py. Weight names are Hugging Face's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,17 @@ class DecoderLayer:
     moe: MoeLayer
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What flows from layer to layer. T rows."""
+
+    residual: Tensor  # [T, D]
+    normed: Tensor  # [T, D], the residual after the coming layer's norm
+    cos: Tensor
+    sin: Tensor
+    dimmed_pairs: Tensor  # [T] int64, counted up in place
+
+
 class Qwen2Moe:
     """The weights of one model on one device, and its forward pass. Holds no per-request state."""
 
@@ -103,23 +114,44 @@ class Qwen2Moe:
         del self._source
 
     def forward(self, batch: ForwardBatch, kv: KvStorage) -> ForwardOutput:
-        x = self._embedding[batch.token_ids]  # [T, D]
-        cos, sin = self._rotary.tables(batch.positions)
-        dimmed_pairs = torch.zeros_like(batch.positions)
-        normed = self.layers[0].input_norm(x)
-        for index, (layer, next_norm) in enumerate(zip(self.layers, self._next_norms, strict=True)):
-            x, normed = layer.post_attention_norm.add(x, self._attend(index, layer, normed, cos, sin, batch, kv))
-            x, normed = next_norm.add(x, layer.moe(normed, batch.rows, dimmed_pairs))
-        logits = F.linear(normed[batch.sample_rows], self._lm_head)
-        return ForwardOutput(logits, dimmed_pairs)
+        hidden, queries = self.begin(batch, kv)
+        for index in range(len(self.layers)):
+            attended = self.attend(index, queries, batch, kv)
+            hidden, queries = self.advance(index, hidden, attended, batch, kv)
+        return ForwardOutput(self.logits(hidden.normed[batch.sample_rows]), hidden.dimmed_pairs)
 
-    def _attend(
-        self, index: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, kv: KvStorage
-    ) -> Tensor:
-        slots = batch.attention.slot_mapping
-        queries = self._kernels.rotate_and_store(layer.qkv(x), cos, sin, self._spec.num_heads, slots, kv, index)
-        out = self._attention.forward(queries, kv.keys[index], kv.values[index], batch.attention)
-        return layer.output(out.flatten(1))
+    # The parts of a forward pass. A step with prompts in it runs the ones between attentions as CUDA graphs.
+
+    def begin(self, batch: ForwardBatch, kv: KvStorage) -> tuple[Hidden, Tensor]:
+        """Embeds the tokens; returns the first layer's queries [T, num_heads, head_dim], its KV being stored."""
+        x = self._embedding[batch.token_ids]
+        cos, sin = self._rotary.tables(batch.positions)
+        hidden = Hidden(x, self.layers[0].input_norm(x), cos, sin, torch.zeros_like(batch.positions))
+        return hidden, self._queries(0, hidden, batch, kv)
+
+    def attend(self, index: int, queries: Tensor, batch: ForwardBatch, kv: KvStorage) -> Tensor:
+        """[T, num_heads, head_dim] -> [T, num_heads, head_dim]"""
+        return self._attention.forward(queries, kv.keys[index], kv.values[index], batch.attention)
+
+    def advance(
+        self, index: int, hidden: Hidden, attended: Tensor, batch: ForwardBatch, kv: KvStorage
+    ) -> tuple[Hidden, Tensor]:
+        """The rest of layer ``index``; returns the next layer's queries, after the last layer an empty tensor."""
+        layer = self.layers[index]
+        x, normed = layer.post_attention_norm.add(hidden.residual, layer.output(attended.flatten(1)))
+        x, normed = self._next_norms[index].add(x, layer.moe(normed, batch.rows, hidden.dimmed_pairs))
+        hidden = replace(hidden, residual=x, normed=normed)
+        if index + 1 == len(self.layers):
+            return hidden, x[:0]
+        return hidden, self._queries(index + 1, hidden, batch, kv)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[N', D] -> [N', V]"""
+        return F.linear(normed, self._lm_head)
+
+    def _queries(self, index: int, hidden: Hidden, batch: ForwardBatch, kv: KvStorage) -> Tensor:
+        qkv, slots = self.layers[index].qkv(hidden.normed), batch.attention.slot_mapping
+        return self._kernels.rotate_and_store(qkv, hidden.cos, hidden.sin, self._spec.num_heads, slots, kv, index)
 
     # Loading
 
