@@ -29,7 +29,7 @@ class ControllerClient:
     def set_policy(self, law: str, level: int | None = None) -> None:
         """``law``: "off", "auto" (the deployed law), "static" with a level, or another law's name. Raises LawError."""
         if law == "auto":
-            law = self._ask("configured_law")
+            law = self._ask("config").law
         self._ask("set_policy", law, level)
 
     def decisions(self, limit: int = 50) -> list[dict[str, Any]]:

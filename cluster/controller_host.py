@@ -60,10 +60,6 @@ class ControllerHost:
         await self.address()
         await self._service.set_policy(law, level)
 
-    async def configured_law(self) -> str:
-        """The policy that the application was deployed with."""
-        return self._config.law
-
     async def decisions(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest decisions, newest first."""
         await self.address()

@@ -143,6 +143,7 @@ class AsyncEngine:
             self._failure = error
             self._loop.call_soon_threadsafe(self._started.set_exception, error)
             return
+        self._stats = self._engine.stats()
         self._loop.call_soon_threadsafe(self._started.set_result, None)
         try:
             while not self._stopping:

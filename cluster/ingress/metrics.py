@@ -23,7 +23,7 @@ GAUGES: dict[str, tuple[str, Callable[[ReplicaReport], float]]] = {
     "oldest_wait_seconds": ("Age of the oldest request without a token.", lambda r: r.stats.oldest_wait_s),
     "kv_blocks": ("KV blocks of the pool.", lambda r: r.info.num_blocks),
     "kv_free_blocks": ("KV blocks that can be taken.", lambda r: r.stats.num_free_blocks),
-    "kv_used_blocks": ("KV blocks held by requests.", lambda r: round(r.stats.kv_used_frac * r.info.num_blocks)),
+    "kv_used_blocks": ("KV blocks held by requests.", lambda r: r.info.num_blocks - 1 - r.stats.num_free_blocks),
     "kv_used_fraction": ("Share of the KV blocks held by requests.", lambda r: r.stats.kv_used_frac),
     "predicted_step_seconds": ("The governor's prediction at the current levels.", lambda r: r.stats.predicted_step_s),
     "setting_version": ("Version of the setting in force.", lambda r: r.stats.setting_version),

@@ -1,0 +1,51 @@
+"""``brownoutserve serve``: a cluster on this machine, from its start to Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import click
+
+from cluster.commands.common import console, one_sentence
+from cluster.config import PROJECT_ROOT
+
+DEFAULT_FILE = PROJECT_ROOT / "deploy/serve/demo.yaml"
+WATCH_PERIOD_S = 1.0
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_FILE, required=False)
+@click.option("--port", type=click.IntRange(1, 65535), help="HTTP port; default: the file's.")
+def serve(config: Path, port: int | None) -> None:
+    """Start a cluster on this machine and keep it until Ctrl-C.
+
+    CONFIG is a Serve YAML file (default: deploy/serve/demo.yaml, a small random model on the CPU). Starts Ray, a
+    private Redis (unless REDIS_URL is set), the controller, the ingress and the replicas, all on 127.0.0.1, and ends
+    all of them with itself.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    with one_sentence():
+        from cluster.local import LocalCluster  # Ray takes a second to import
+
+        with console.status("starting Ray, Redis, the controller, the ingress and the replicas"):
+            cluster = LocalCluster.start(config, port)
+        with cluster:
+            welcome = _welcome(cluster.url, cluster.dashboard_url, cluster.file.config.model.served_name)
+            console.print(welcome, soft_wrap=True)  # the command in it is there to be copied
+            try:
+                while True:
+                    time.sleep(WATCH_PERIOD_S)
+                    cluster.check()
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+                console.print("stopping")
+
+
+def _welcome(url: str, dashboard_url: str, model: str) -> str:
+    return (
+        f"[bold]{model}[/bold] is served at [bold]{url}[/bold] (dashboard {dashboard_url}); Ctrl-C ends it\n"
+        f"""  curl {url}/v1/completions -H 'content-type: application/json' \\\n"""
+        f"""    -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'"""
+    )
