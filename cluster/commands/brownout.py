@@ -41,7 +41,7 @@ def brownout_set(target: dict[str, str], level: int) -> None:
 @click.argument("name")
 @click.pass_obj
 def brownout_law(target: dict[str, str], name: str) -> None:
-    """Follow another control law: predictive, aimd or static."""
+    """Follow another control law: predictive, pi, aimd or static."""
     _set_policy(target, name)
 
 

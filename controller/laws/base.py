@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from controller.types import Decision, Observation, Slo
 
-LAWS = ("predictive", "aimd", "static")
+LAWS = ("predictive", "pi", "aimd", "static")
 
 State = TypeVar("State")
 
@@ -45,6 +45,10 @@ def create_law(name: str, slo: Slo, params: Mapping[str, float] | None = None) -
         from controller.laws.aimd import AimdLaw, AimdParams
 
         return AimdLaw(slo, _filled(name, AimdParams, params))
+    if name == "pi":
+        from controller.laws.pi import PiLaw, PiParams
+
+        return PiLaw(slo, _filled(name, PiParams, params))
     if name == "predictive":
         from controller.laws.predictive import PredictiveLaw, PredictiveParams
 

@@ -27,7 +27,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model": MODEL, "device": "tpu"}, "device is 'tpu'; allowed: auto, cpu, cuda"),
     ({"model": MODEL, "brownout": {"ways": [3]}}, "brownout.ways is [3]; allowed: any of [2, 4, 8]"),
     ({"model": MODEL, "slo": {"ttft_s": -1}}, "slo.ttft_s is -1"),
-    ({"model": MODEL, "controller": {"law": "fuzzy"}}, "controller.law is 'fuzzy'; allowed: predictive, aimd, static"),
+    (
+        {"model": MODEL, "controller": {"law": "fuzzy"}},
+        "controller.law is 'fuzzy'; allowed: predictive, pi, aimd, static",
+    ),
     ({"model": MODEL, "controller": {"lease_s": 0.1}}, "controller.lease_s is 0.1; allowed: more than three ticks"),
     ({"model": MODEL, "ingress": {"max_body_bytes": 1}}, "ingress.max_body_bytes is 1; allowed: "),
 ]

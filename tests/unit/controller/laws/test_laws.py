@@ -10,7 +10,7 @@ from controller.laws.base import LAWS, LawError, create_law
 from controller.types import Decision, Observation, PhaseDecision, Reason
 from tests.unit.controller.laws.observations import SLO, observations, observed
 
-SAMPLED = ("aimd", "predictive")  # laws that react to what they observe
+SAMPLED = ("aimd", "pi", "predictive")  # laws that react to what they observe
 
 
 def run(law_name: str, seen: list[Observation], tick_s: float = 1.0, last: Decision | None = None) -> list[Decision]:
@@ -81,7 +81,7 @@ def test_any_law_can_follow_any_other(law_name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("pid", {}, "allowed: predictive, aimd, static"),
+        ("pid", {}, "allowed: predictive, pi, aimd, static"),
         ("aimd", {"speed": 1.0}, "no parameter 'speed'"),
         ("aimd", {"shrink_ratio": 1.5}, "shrink_ratio is 1.5"),
         ("aimd", {"check_interval_s": 0}, "check_interval_s is 0"),
