@@ -112,16 +112,20 @@ class SloConfig:
 class BrownoutConfig:
     """What can be dimmed. Live limits (floor, ceiling, budgets) come from the controller, not from here.
 
-    ``ways``: which united experts to load; empty builds an engine that cannot dim at all.
-    ``united``: how united experts come about; "average" builds plain averages of the members at start, a baseline
-    no better than dropping the experts, for models whose output does not matter.
+    ``united``: where united experts come from: directories made by ``brownoutserve unite``, one for each way, absolute
+    or relative to the model's; "average" builds plain averages of the members at start, a baseline no better than
+    dropping the experts, for models whose output does not matter.
+    ``ways``: which united experts to load; default: those of ``united``. Neither: an engine that cannot dim at all.
+    ``united_rows``: room for united experts in each layer, in experts; default: what the loaded ways take. More lets
+    another way be loaded beside them while serving.
     ``safe_policy``: when the setting's lease ends without a controller, "governor" goes on dimming for the SLO, never
     deeper than the last setting allowed; "exact" stops dimming.
     ``allow_unmeasured``: a ladder without measured quality losses may be climbed only if this says so by name.
     """
 
     ways: tuple[int, ...] = ()
-    united: str = "average"
+    united: str | tuple[str, ...] = "average"
+    united_rows: int | None = None
     dimmer: str = "united"
     ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
     allow_unmeasured: bool = False
@@ -134,16 +138,30 @@ class BrownoutConfig:
     def __post_init__(self) -> None:
         require(all(w in WAYS for w in self.ways), "brownout.ways", list(self.ways), f"any of {list(WAYS)}")
         require(len(set(self.ways)) == len(self.ways), "brownout.ways", list(self.ways), "no way twice")
-        require(self.united in UNITED_SOURCES, "brownout.united", self.united, ", ".join(UNITED_SOURCES))
+        require(all(self.united_paths), "brownout.united", self.united, '"average" or paths of united experts')
+        require(
+            self.united_rows is None or self.united_rows >= 0, "brownout.united_rows", self.united_rows, "0 or more"
+        )
         require(self.dimmer in DIMMERS, "brownout.dimmer", self.dimmer, ", ".join(DIMMERS))
         require(self.safe_policy in SAFE_POLICIES, "brownout.safe_policy", self.safe_policy, ", ".join(SAFE_POLICIES))
         require(self.exempt_first >= 0, "brownout.exempt_first", self.exempt_first, "0 or more layers")
         require(self.exempt_last >= 0, "brownout.exempt_last", self.exempt_last, "0 or more layers")
         require(self.profile_repeats >= 0, "brownout.profile_repeats", self.profile_repeats, "0 or more")
 
+    @property
+    def united_paths(self) -> tuple[str, ...]:
+        """Directories of stored united experts; empty for the baseline."""
+        given = (self.united,) if isinstance(self.united, str) else self.united
+        return () if given == (AVERAGE,) else given
+
+    @property
+    def allowed_ways(self) -> tuple[int, ...]:
+        """Ways that stored united experts may have."""
+        return self.ways or WAYS
+
 
 WAYS = (2, 4, 8)
-UNITED_SOURCES = ("average",)
+AVERAGE = "average"
 DIMMERS = ("united", "paper")
 SAFE_POLICIES = ("governor", "exact")
 

@@ -25,7 +25,6 @@ from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
 from engine.moe.gate import Gate
 from engine.moe.layer import MoeLayer
-from engine.moe.united import Grouping, average_united_
 from engine.weights.manifest import Init, TensorSpec, WeightSource
 
 
@@ -84,14 +83,17 @@ class Hidden:
 
 
 class Qwen2Moe:
-    """The weights of one model on one device, and its forward pass. Holds no per-request state."""
+    """The weights of one model on one device, and its forward pass. Holds no per-request state.
+
+    Layers with a dimmer have room for ``num_united`` experts behind their originals.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         source: WeightSource,
         dimmers: list[Dimmer | None],
-        groupings: tuple[Grouping, ...],
+        num_united: int,
         attention: Attention,
         kernels: Kernels,
         dtype: torch.dtype,
@@ -106,7 +108,7 @@ class Qwen2Moe:
         vocab_shape = (spec.vocab_size, spec.hidden_size)
         self._embedding = self._load("model.embed_tokens.weight", vocab_shape)
         self.layers = [
-            self._load_layer(index, dimmer, groupings if dimmer else ()) for index, dimmer in enumerate(dimmers)
+            self._load_layer(index, dimmer, num_united if dimmer else 0) for index, dimmer in enumerate(dimmers)
         ]
         norm = self._load_norm("model.norm.weight")
         self._next_norms = [*(layer.input_norm for layer in self.layers[1:]), norm]
@@ -161,7 +163,7 @@ class Qwen2Moe:
     def _load_norm(self, name: str) -> RmsNorm:
         return self._kernels.norm(self._load(name, (self._spec.hidden_size,), Init.ONES), self._spec.rms_norm_eps)
 
-    def _load_layer(self, index: int, dimmer: Dimmer | None, groupings: tuple[Grouping, ...]) -> DecoderLayer:
+    def _load_layer(self, index: int, dimmer: Dimmer | None, num_united: int) -> DecoderLayer:
         spec, prefix = self._spec, f"model.layers.{index}."
         attention = f"{prefix}self_attn."
         sizes = {"q_proj": spec.q_size, "k_proj": spec.kv_size, "v_proj": spec.kv_size}
@@ -174,10 +176,10 @@ class Qwen2Moe:
             qkv=Linear(torch.cat(weights), bias),
             output=Linear(self._load(f"{attention}o_proj.weight", (spec.hidden_size, spec.q_size))),
             post_attention_norm=self._load_norm(f"{prefix}post_attention_layernorm.weight"),
-            moe=self._load_moe(index, f"{prefix}mlp.", dimmer, groupings),
+            moe=self._load_moe(index, f"{prefix}mlp.", dimmer, num_united),
         )
 
-    def _load_moe(self, index: int, prefix: str, dimmer: Dimmer | None, groupings: tuple[Grouping, ...]) -> MoeLayer:
+    def _load_moe(self, index: int, prefix: str, dimmer: Dimmer | None, num_united: int) -> MoeLayer:
         spec = self._spec
         shared = f"{prefix}shared_expert."
         shared_in, shared_out = (
@@ -191,7 +193,7 @@ class Qwen2Moe:
                 spec.num_experts_per_token,
                 spec.norm_topk_prob,
             ),
-            experts=self._load_experts(f"{prefix}experts.", groupings),
+            experts=self._load_experts(f"{prefix}experts.", num_united),
             shared_expert=GatedMlp(
                 torch.cat([self._load(f"{shared}{p}.weight", shared_in) for p in ("gate_proj", "up_proj")]),
                 self._load(f"{shared}down_proj.weight", shared_out),
@@ -200,11 +202,11 @@ class Qwen2Moe:
             dimmer=dimmer,
         )
 
-    def _load_experts(self, prefix: str, groupings: tuple[Grouping, ...]) -> PackedExperts:
-        """Originals from the source, straight into the packed table; united experts behind them."""
+    def _load_experts(self, prefix: str, num_united: int) -> PackedExperts:
+        """Originals from the source, straight into the packed table; room for united experts behind them."""
         spec = self._spec
         size, hidden = spec.expert_size, spec.hidden_size
-        num_packed = spec.num_experts + sum(len(grouping.groups) for grouping in groupings)
+        num_packed = spec.num_experts + num_united
         gate_up = torch.empty(num_packed, 2 * size, hidden, dtype=self._dtype, device=self._device)
         down = torch.empty(num_packed, hidden, size, dtype=self._dtype, device=self._device)
         for expert in range(spec.num_experts):
@@ -212,5 +214,5 @@ class Qwen2Moe:
             gate_up[expert, :size] = self._source.get(TensorSpec(f"{name}gate_proj.weight", (size, hidden)))
             gate_up[expert, size:] = self._source.get(TensorSpec(f"{name}up_proj.weight", (size, hidden)))
             down[expert] = self._source.get(TensorSpec(f"{name}down_proj.weight", (hidden, size)))
-        average_united_(gate_up, down, groupings, spec.num_experts)
+        gate_up[spec.num_experts :], down[spec.num_experts :] = 0, 0
         return PackedExperts(gate_up, down, spec.num_experts)

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.batch import RowInfo
 from engine.moe.gate import Routing
 from engine.moe.ladder import Ladder
-from engine.moe.united import Grouping
+from engine.moe.table import WAY_ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +43,18 @@ class Dimmer:
     def __init__(
         self,
         ladder: Ladder,
-        groupings: tuple[Grouping, ...],
+        num_united: int,
         protected: Tensor,  # [L, E] bool
         rank_by_count: bool,
         device: torch.device,
     ) -> None:
-        num_experts = protected.shape[1]
+        num_layers, num_experts = protected.shape
         self.protected = protected.to(device)
         self.rank_by_count = rank_by_count
         self.identity = torch.arange(num_experts, device=device)
-        # united_of[w, e]: packed id of the united expert of e; in row 0, the exact level, e itself.
-        united_of = self.identity.repeat(len(groupings) + 1, 1)
-        next_id = num_experts
-        for row, grouping in enumerate(groupings, start=1):
-            for members in grouping.groups:
-                united_of[row, list(members)] = next_id
-                next_id += 1
-        self.united_of = united_of
-        self.num_packed = next_id
-        row_of_way = {1: 0} | {grouping.way: row for row, grouping in enumerate(groupings, start=1)}
-        self.way_row = torch.tensor([row_of_way[level.way] for level in ladder.levels], device=device)
+        self.united_of = self.identity.repeat(num_layers, len(WAY_ROW), 1)  # [L, ways, E], filled by a UnitedTable
+        self.num_packed = num_experts + num_united
+        self.way_row = torch.tensor([WAY_ROW[level.way] for level in ladder.levels], device=device)
         self.share = torch.tensor([level.share for level in ladder.levels], device=device)
 
     def rewrite(self, layer: int, routing: Routing, rows: RowInfo) -> Dimmed:
@@ -89,7 +81,7 @@ class Dimmer:
         hot = mass_before < ((1 - self.share[levels]) * mass.sum())[:, None]  # [2, E]
 
         cold = (mass > 0) & ~hot & ~kept & ~self.protected[layer]
-        united = self.united_of[self.way_row[levels]]  # [2, E]
+        united = self.united_of[layer, self.way_row[levels]]  # [2, E]
         num_cold = torch.zeros(2, self.num_packed, dtype=torch.int64, device=mass.device)
         num_cold.scatter_add_(1, united, cold.long())
         return torch.where(cold & (num_cold.gather(1, united) >= 2), united, self.identity)

@@ -72,7 +72,8 @@ def rewrite_(dimmer: Dimmer, layer: int, choice: Choice, rows: RowInfo, dimmed_p
     num_experts = len(dimmer.identity)
     remap = torch.empty(2, block_e, dtype=torch.int32, device=routing.ids.device)
     _remap_kernel[(1,)](
-        choice.use, rows.levels, dimmer.share, dimmer.way_row, dimmer.united_of, dimmer.protected[layer], remap,
+        choice.use, rows.levels, dimmer.share, dimmer.way_row, dimmer.united_of[layer], dimmer.protected[layer],
+        remap,
         num_chunks, num_experts, CHUNKS=CHUNKS_PER_SCAN_STEP, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     chunk_rows = MIN_CHUNK_ROWS if num_tokens <= SMALL_STEP_TOKENS else LARGE_CHUNK_ROWS

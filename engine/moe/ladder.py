@@ -41,6 +41,11 @@ class Ladder:
         if self.measured and losses != sorted(losses, key=lambda loss: loss or 0.0):
             raise ConfigError(f"brownout.ladder losses are {losses}; allowed: ascending")
 
+    @staticmethod
+    def exact() -> Ladder:
+        """Of a model that cannot dim."""
+        return Ladder((Level(),))
+
     @property
     def measured(self) -> bool:
         return all(level.loss is not None for level in self.levels[1:])
@@ -53,20 +58,18 @@ class Ladder:
 UNMEASURED_LEVELS = (Level(2, 0.5), Level(2, 1.0), Level(4, 0.85), Level(4, 1.0), Level(8, 0.9), Level(8, 1.0))
 
 
-def load_ladder(config: BrownoutConfig, model_directory: Path) -> Ladder:
+def load_ladder(config: BrownoutConfig, ways: tuple[int, ...], model_directory: Path) -> Ladder:
     """The configured ladder, else ladder.json beside the model, else the unmeasured default for the loaded ways."""
-    if not config.ways:
-        return Ladder((Level(),))
     path = Path(config.ladder) if config.ladder else model_directory / LADDER_FILE
     if path.exists():
         ladder = _read(path)
-        missing = {level.way for level in ladder.levels[1:]} - set(config.ways)
+        missing = {level.way for level in ladder.levels[1:]} - set(ways)
         if missing:
-            raise ConfigError(f"brownout.ways is {list(config.ways)}; the ladder {path} also needs {sorted(missing)}")
+            raise ConfigError(f"brownout.ways is {list(ways)}; the ladder {path} also needs {sorted(missing)}")
         return ladder
     if config.ladder:
         raise ConfigError(f"brownout.ladder is {config.ladder!r}, which does not exist; allowed: a ladder JSON")
-    return Ladder((Level(loss=0.0), *(level for level in UNMEASURED_LEVELS if level.way in config.ways)))
+    return Ladder((Level(loss=0.0), *(level for level in UNMEASURED_LEVELS if level.way in ways)))
 
 
 def _read(path: Path) -> Ladder:

@@ -18,9 +18,8 @@ from engine.models.kernels import create_kernels
 from engine.models.qwen2_moe import Qwen2Moe
 from engine.models.registry import load_spec
 from engine.models.spec import ModelSpec
-from engine.moe.dimmer import Dimmer
-from engine.moe.ladder import Ladder, load_ladder
-from engine.moe.united import Grouping, consecutive_groups
+from engine.moe.dimming import Dimming, create_dimming
+from engine.moe.ladder import Ladder
 from engine.weights.manifest import WeightSource
 from engine.weights.random import RandomWeights
 from engine.weights.safetensors import SafetensorsCheckpoint
@@ -34,12 +33,16 @@ class ModelSlot:
     """One model on one device: weights, KV pool, dimming tables, decode graphs."""
 
     spec: ModelSpec
-    ladder: Ladder
+    dimming: Dimming
     model: Qwen2Moe
     kv: KvStorage
     graphs: DecodeGraphs | None
     max_model_len: int
     device: torch.device
+
+    @property
+    def ladder(self) -> Ladder:
+        return self.dimming.ladder
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,8 +60,7 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     directory = Path(config.model.path)
     device = resolve_device(config.device)
     spec = load_spec(directory)
-    ladder = load_ladder(config.brownout, directory)
-    groupings = tuple(consecutive_groups(spec.num_experts, way) for way in config.brownout.ways)
+    dimming = create_dimming(config, spec, device)
     dtype = _resolve_dtype(config.model.dtype, spec, device)
     source: WeightSource
     if config.model.load_format == "random":
@@ -68,9 +70,8 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     block_size = config.cache.block_size
     attention = create_attention(config.attention, device, spec.head_dim, dtype, block_size)
     kernels = create_kernels(config.kernels, spec, device)
-    model = Qwen2Moe(
-        spec, source, _dimmers(config, spec, ladder, groupings, device), groupings, attention, kernels, dtype, device
-    )
+    model = Qwen2Moe(spec, source, dimming.dimmers, dimming.num_united, attention, kernels, dtype, device)
+    dimming.load_united({index: layer.moe.experts for index, layer in enumerate(model.layers)})
     max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
     num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
     kv = KvStorage(spec, num_blocks, block_size, dtype, device)
@@ -80,7 +81,7 @@ def load_slot(config: EngineConfig) -> ModelSlot:
         from engine.graphs import DecodeGraphs
 
         graphs = DecodeGraphs(model, kv, max_model_len, config.scheduler.max_num_seqs, device)
-    return ModelSlot(spec, ladder, model, kv, graphs, max_model_len, device)
+    return ModelSlot(spec, dimming, model, kv, graphs, max_model_len, device)
 
 
 def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -90,31 +91,6 @@ def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dt
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"model.dtype is {name!r}; allowed: float32, bfloat16, float16")
     return dtype
-
-
-def _dimmers(
-    config: EngineConfig, spec: ModelSpec, ladder: Ladder, groupings: tuple[Grouping, ...], device: torch.device
-) -> list[Dimmer | None]:
-    """The dimmer of each layer; None for exempt layers, which then hold no united experts either."""
-    if not groupings:
-        return [None] * spec.num_layers
-    brownout = config.brownout
-    protected = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.bool)
-    for layer, expert in brownout.protect:
-        if not (0 <= layer < spec.num_layers and 0 <= expert < spec.num_experts):
-            raise ConfigError(
-                f"brownout.protect has ({layer}, {expert}); allowed: layers below {spec.num_layers}, "
-                f"experts below {spec.num_experts}"
-            )
-        protected[layer, expert] = True
-    dimmer = Dimmer(ladder, groupings, protected, brownout.dimmer == "paper", device)
-    dimmed = range(brownout.exempt_first, spec.num_layers - brownout.exempt_last)
-    if not dimmed:
-        raise ConfigError(
-            f"brownout.exempt_first is {brownout.exempt_first} and exempt_last {brownout.exempt_last}; allowed: fewer "
-            f"than the model's {spec.num_layers} layers together, or no ways at all"
-        )
-    return [dimmer if layer in dimmed else None for layer in range(spec.num_layers)]
 
 
 def _default_num_blocks(

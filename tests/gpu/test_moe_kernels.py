@@ -15,6 +15,7 @@ from engine.moe.gate import Gate, Routing
 from engine.moe.ladder import Ladder, Level
 from engine.moe.tiles import MoeTiles, Tile
 from engine.moe.united import consecutive_groups
+from tests.united import map_united
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +52,9 @@ def draw(*shape: int, seed: int, device: torch.device) -> torch.Tensor:
 def make_dimmer(device: torch.device, rank_by_count: bool = False) -> Dimmer:
     protected = torch.zeros(3, NUM_EXPERTS, dtype=torch.bool)
     protected[2, [5, 30]] = True
-    return Dimmer(LADDER, GROUPINGS, protected, rank_by_count, device)
+    dimmer = Dimmer(LADDER, NUM_PACKED - NUM_EXPERTS, protected, rank_by_count, device)
+    map_united(dimmer.united_of, GROUPINGS)
+    return dimmer
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 300])

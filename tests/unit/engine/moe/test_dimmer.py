@@ -15,19 +15,23 @@ from engine.moe.gate import Routing
 from engine.moe.ladder import Ladder, Level
 from engine.moe.united import consecutive_groups
 from engine.types import Phase
+from tests.united import map_united
 
 NUM_EXPERTS = 12
 TOP_K = 4
 SHARES = (0.25, 0.5, 0.75, 1.0)
 LADDER = Ladder((Level(), *(Level(2, b) for b in SHARES), *(Level(4, b) for b in SHARES)))
 GROUPINGS = (consecutive_groups(NUM_EXPERTS, 2), consecutive_groups(NUM_EXPERTS, 4))
-NO_EXPERT = NUM_EXPERTS + sum(len(grouping.groups) for grouping in GROUPINGS)
+NUM_UNITED = sum(len(grouping.groups) for grouping in GROUPINGS)
+NO_EXPERT = NUM_EXPERTS + NUM_UNITED
 
 
 def make_dimmer(protected: tuple[int, ...] = (), rank_by_count: bool = False) -> Dimmer:
     mask = torch.zeros(1, NUM_EXPERTS, dtype=torch.bool)
     mask[0, list(protected)] = True
-    return Dimmer(LADDER, GROUPINGS, mask, rank_by_count, torch.device("cpu"))
+    dimmer = Dimmer(LADDER, NUM_UNITED, mask, rank_by_count, torch.device("cpu"))
+    map_united(dimmer.united_of, GROUPINGS)
+    return dimmer
 
 
 def random_routing(seed: int, num_tokens: int) -> Routing:

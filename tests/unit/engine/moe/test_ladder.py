@@ -16,19 +16,15 @@ def write(path: Path, levels: list[dict[str, object]]) -> None:
     path.write_text(json.dumps({"levels": levels}))
 
 
-def test_no_ways_no_levels(tmp_path: Path) -> None:
-    assert len(load_ladder(BrownoutConfig(), tmp_path)) == 1
-
-
 def test_default_ladder_is_unmeasured_and_uses_the_loaded_ways_only(tmp_path: Path) -> None:
-    ladder = load_ladder(BrownoutConfig(ways=(4,)), tmp_path)
+    ladder = load_ladder(BrownoutConfig(), (4,), tmp_path)
     assert not ladder.measured
     assert {level.way for level in ladder.levels} == {1, 4}
 
 
 def test_a_ladder_beside_the_model_is_read(tmp_path: Path) -> None:
     write(tmp_path / "ladder.json", [{"way": 1, "share": 0, "loss": 0}, {"way": 2, "share": 0.5, "loss": 0.02}])
-    ladder = load_ladder(BrownoutConfig(ways=(2,)), tmp_path)
+    ladder = load_ladder(BrownoutConfig(), (2,), tmp_path)
     assert ladder.measured
     assert ladder.levels[1] == Level(2, 0.5, 0.02)
 
@@ -49,12 +45,12 @@ def test_bad_ladders_are_refused_in_one_sentence(
 ) -> None:
     write(tmp_path / "ladder.json", levels)
     with pytest.raises(ConfigError, match=complaint):
-        load_ladder(BrownoutConfig(ways=(2, 4)), tmp_path)
+        load_ladder(BrownoutConfig(), (2, 4), tmp_path)
 
 
 def test_a_named_ladder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        load_ladder(BrownoutConfig(ways=(2,), ladder=str(tmp_path / "none.json")), tmp_path)
+        load_ladder(BrownoutConfig(ladder=str(tmp_path / "none.json")), (2,), tmp_path)
 
 
 @pytest.mark.parametrize("way", [2, 4, 8])

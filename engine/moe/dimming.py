@@ -1,0 +1,109 @@
+"""All that one loaded model dims with: its ladder, its united experts, and the dimmer that reads both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import BrownoutConfig, ConfigError, EngineConfig
+from engine.models.spec import ModelSpec
+from engine.moe.dimmer import Dimmer
+from engine.moe.experts import PackedExperts
+from engine.moe.ladder import Ladder, load_ladder
+from engine.moe.table import UnitedTable, rows_for
+from engine.moe.united import AverageUnited, UnitedArtefact, UnitedLayers
+from engine.weights.digest import model_digest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Dimming:
+    """Belongs to a ModelSlot. ``dimmers`` has None for layers that are never dimmed."""
+
+    ladder: Ladder
+    dimmers: list[Dimmer | None]
+    num_united: int  # rows for united experts in each dimmed layer's table
+    united: dict[int, UnitedLayers]  # by way
+    table: UnitedTable | None = None
+
+    def load_united(self, experts: Mapping[int, PackedExperts]) -> None:
+        """Fill the united rows of the model's tables, given by layer. Raises ArtefactError."""
+        dimmed = {layer: experts[layer] for layer, dimmer in enumerate(self.dimmers) if dimmer is not None}
+        if not dimmed:
+            return
+        dimmer = next(d for d in self.dimmers if d is not None)
+        self.table = UnitedTable(dimmed, dimmer.united_of)
+        for way, source in self.united.items():
+            self.table.make_room(way)
+            for layer in dimmed:
+                self.table.load_layer(source, layer)
+            logger.info("%d-way united experts loaded into %d layers", way, len(dimmed))
+
+
+def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Dimming:
+    """Raises ConfigError or ArtefactError, before any weight is read."""
+    brownout = config.brownout
+    directory = Path(config.model.path)
+    united = _united_sources(config, spec, directory)
+    ways = tuple(united)
+    if not ways:
+        return Dimming(Ladder.exact(), [None] * spec.num_layers, 0, {})
+    ladder = load_ladder(brownout, ways, directory)
+    num_united = max(brownout.united_rows or 0, rows_for(ways, spec.num_experts))
+    dimmer = Dimmer(ladder, num_united, _protected(brownout, spec, united), brownout.dimmer == "paper", device)
+    dimmed = range(brownout.exempt_first, spec.num_layers - brownout.exempt_last)
+    if not dimmed:
+        raise ConfigError(
+            f"brownout.exempt_first is {brownout.exempt_first} and exempt_last {brownout.exempt_last}; allowed: fewer "
+            f"than the model's {spec.num_layers} layers together, or no ways at all"
+        )
+    return Dimming(
+        ladder, [dimmer if layer in dimmed else None for layer in range(spec.num_layers)], num_united, united
+    )
+
+
+def _united_sources(config: EngineConfig, spec: ModelSpec, directory: Path) -> dict[int, UnitedLayers]:
+    """By way: what the configuration names, else averages for its ways."""
+    brownout = config.brownout
+    if not brownout.united_paths:
+        return {way: AverageUnited(way, spec.num_experts) for way in brownout.ways}
+    digest = model_digest(directory, config.model.seed if config.model.load_format == "random" else None)
+    sources: dict[int, UnitedLayers] = {}
+    for path in brownout.united_paths:
+        artefact = UnitedArtefact(resolve_united(path, directory))
+        artefact.check_fits(spec, digest, brownout.allowed_ways)
+        if artefact.way in sources:
+            raise ConfigError(f"brownout.united names two {artefact.way}-way builds; allowed: one for each way")
+        sources[artefact.way] = artefact
+    missing = set(brownout.ways) - set(sources)
+    if missing:
+        raise ConfigError(f"brownout.united has no build for brownout.ways {sorted(missing)}")
+    return sources
+
+
+def resolve_united(path: str, model_directory: Path) -> Path:
+    """A relative path is looked up beside the model first."""
+    given = Path(path).expanduser()
+    candidates = (model_directory / given, given)
+    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+
+
+def _protected(brownout: BrownoutConfig, spec: ModelSpec, united: Mapping[int, UnitedLayers]) -> torch.Tensor:
+    """[L, E]: experts that no dimmer touches, by configuration or because a build of united experts says so."""
+    protected = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.bool)
+    for layer, expert in brownout.protect:
+        if not (0 <= layer < spec.num_layers and 0 <= expert < spec.num_experts):
+            raise ConfigError(
+                f"brownout.protect has ({layer}, {expert}); allowed: layers below {spec.num_layers}, "
+                f"experts below {spec.num_experts}"
+            )
+        protected[layer, expert] = True
+    for source in united.values():
+        for layer, expert in source.protect:
+            protected[layer, expert] = True
+    return protected
