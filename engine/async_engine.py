@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 STALLED_S = 20.0  # an engine that has work and made no step for so long counts as wedged
 IDLE_POLL_S = 0.5  # how often an idle engine thread refreshes its stats
 
+Deliver = Callable[[RequestOutput | Exception], None]
+
 
 class AsyncEngine:
     """Created by `start`; all methods belong to the event loop that started it."""
@@ -42,7 +44,7 @@ class AsyncEngine:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams: dict[str, Deliver] = {}
         self._outbox = Outbox(config.stream_interval_s)
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._stats = EngineStats()
@@ -71,11 +73,8 @@ class AsyncEngine:
 
         Raises InvalidRequestError, EngineBusyError or EngineDeadError.
         """
-        self.check_health()
-        if request.request_id in self._streams:
-            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
-        stream = self._streams[request.request_id] = asyncio.Queue()
-        self._commands.put(lambda: self._add(request))
+        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self.submit(request, stream.put_nowait)
         finished = False
         try:
             while not finished:
@@ -85,9 +84,25 @@ class AsyncEngine:
                     raise item
                 yield item
         finally:
-            del self._streams[request.request_id]
             if not finished:
-                self._commands.put(lambda: self._abort(request.request_id))
+                self.drop(request.request_id)
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Start a request. ``deliver`` is called on the event loop with each output, up to the last: one with a
+        finish_reason, or an error as `generate` raises it.
+
+        Raises InvalidRequestError for an id in use, EngineDeadError.
+        """
+        self.check_health()
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+        self._streams[request.request_id] = deliver
+        self._commands.put(lambda: self._add(request))
+
+    def drop(self, request_id: str) -> None:
+        """End a request of which nobody wants to hear any more; nothing if it has ended."""
+        if self._streams.pop(request_id, None) is not None:
+            self._commands.put(lambda: self._abort(request_id))
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; its iterator gets a last output with finish_reason "abort"."""
@@ -195,9 +210,11 @@ class AsyncEngine:
             self._deliver(output.request_id, output)
 
     def _deliver(self, request_id: str, item: RequestOutput | Exception) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.put_nowait(item)
+        deliver = self._streams.get(request_id)
+        if deliver is not None:
+            if isinstance(item, Exception) or item.finished:
+                del self._streams[request_id]
+            deliver(item)
 
     def _end_all(self) -> None:
         reason = f"the engine has stopped: {self._failure}" if self._failure else "the engine is stopping"
