@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 
 from cluster.config import parse_config
 from cluster.ingress.deployment import Ingress
 from cluster.replica import EngineReplica
 
-ROUTER = "cluster.router.router:RedisRouter"
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 20.0  # a replica is busy, not dead, while a large model's step holds the interpreter
 NUM_START_ATTEMPTS = 3  # a model that cannot be loaded fails the deployment instead of being tried for ever
-SHUTDOWN_GRACE_S = 20.0  # for requests in flight when a replica is taken down
+SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -24,15 +22,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     engines = serve.deployment(
         name="EngineReplica",
         num_replicas=config.replicas,
-        max_ongoing_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER,  # type: ignore[arg-type]  # pydantic hides that names are accepted
-            request_router_kwargs={"redis_url": config.redis_url},
-        ),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=SHUTDOWN_GRACE_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
     )(EngineReplica).bind(config)
     return serve.deployment(
@@ -41,5 +34,6 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=config.ingress.max_concurrent + 64,  # beyond its own limit, which answers with JSON
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
     )(Ingress).bind(engines, config)

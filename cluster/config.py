@@ -68,6 +68,7 @@ class ClusterConfig(_Section):
     """One model on one set of replicas, behind one ingress, under one controller.
 
     ``gpus_per_replica`` 0 serves on the CPU; ``cpus_per_replica`` only reserves room in Ray's scheduler.
+    ``drain_timeout_s`` is how long a replica that is taken down may still work on the requests it has.
     ``redis_url`` defaults to the environment's REDIS_URL where the cluster runs.
     """
 
@@ -85,6 +86,7 @@ class ClusterConfig(_Section):
     cpus_per_replica: float = Field(default=1, ge=0)
     controller: ControllerSection = ControllerSection()
     ingress: IngressSection = IngressSection()
+    drain_timeout_s: float = Field(default=60.0, ge=0)
     redis_url: str = ""
 
     @model_validator(mode="after")
@@ -122,14 +124,6 @@ class ClusterConfig(_Section):
             host=host,
             key_prefix=key_prefix(app_name),
         )
-
-    @property
-    def max_ongoing_requests(self) -> int:
-        """Requests that one replica takes at a time: all of them wait in its engine's queue, where they are measured.
-
-        A few more than the engine takes, so that its own refusal (with Retry-After) comes first.
-        """
-        return self.scheduler.max_num_seqs + self.scheduler.max_num_waiting + 16
 
     def resolved_redis_url(self) -> str:
         """Raises ClusterConfigError when neither the configuration nor the environment names a Redis."""

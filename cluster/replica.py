@@ -5,31 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import secrets
 
 from ray import serve
+from ray.util import get_node_ip_address
 
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.reports import ReplicaReport
 from cluster.router.loads import LoadPublisher
+from cluster.transport.server import ChannelServer
 from engine.agent import TelemetryAgent
 from engine.async_engine import AsyncEngine
-from engine.types import (
-    EngineBusyError,
-    EngineDeadError,
-    EngineStats,
-    GenerationRequest,
-    InvalidRequestError,
-    ModelInfo,
-    RequestOutput,
-)
+from engine.types import EngineStats, ModelInfo
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_TIMEOUT_S = 10.0
-REFUSALS = (InvalidRequestError, EngineBusyError, EngineDeadError)
 
 
 class EngineReplica:
@@ -57,33 +49,43 @@ class EngineReplica:
             self._live_stats,
             config.scheduler.max_num_batched_tokens,
         )
+        self._drain_timeout_s = config.drain_timeout_s
+        self._token = secrets.token_hex(16)
+        self._server = ChannelServer(self._engine, self._token)
+        self._address = await self._server.start(get_node_ip_address())
         await self._agent.start()
         self._publisher.start()
         logger.info("replica %s serves %s", self._replica_id, self._engine.info)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput | Exception, None]:
-        """Outputs of one request until its finish_reason; cancelling it aborts the request.
-
-        The engine's refusals are yielded, not raised: so they arrive as they are whatever Serve's transport does.
-        """
-        try:
-            async with aclosing(self._engine.generate(request)) as outputs:
-                async for output in outputs:
-                    yield output
-        except REFUSALS as error:
-            yield error
 
     async def info(self) -> ModelInfo:
         return self._engine.info
 
     async def report(self) -> ReplicaReport:
+        """Raises EngineDeadError: a replica that cannot serve does not say that it does."""
+        self._engine.check_health()
         return ReplicaReport(
-            self._replica_id, os.getpid(), self._engine.info, self._engine.stats(), self._engine.totals()
+            self._replica_id,
+            os.getpid(),
+            self._engine.info,
+            self._engine.stats(),
+            self._engine.totals(),
+            self._address,
+            self._token,
         )
 
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""
         self._engine.check_health()
+
+    async def __del__(self) -> None:
+        """Serve's hook for a replica that it takes down: end in good order, requests first."""
+        if not hasattr(self, "_address"):
+            return  # it never became ready
+        await self._publisher.stop()
+        await self._server.drain(self._drain_timeout_s)
+        await self._server.stop()
+        await self._agent.stop()
+        await self._engine.stop()
 
     def _live_stats(self) -> EngineStats:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it

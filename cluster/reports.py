@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.telemetry import Totals
 from engine.types import EngineStats, ModelInfo
@@ -10,10 +10,15 @@ from engine.types import EngineStats, ModelInfo
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """One replica at one moment: what it serves, its load, its counters since start."""
+    """One replica at one moment: what it serves, its load, its counters since start.
+
+    ``address`` is where its channels are opened, which takes the ``token``.
+    """
 
     replica_id: str
     pid: int
     info: ModelInfo
     stats: EngineStats
     totals: Totals
+    address: str = ""
+    token: str = field(default="", repr=False)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from contextlib import aclosing
+from typing import Protocol
 
 import grpc
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.ingress.errors import DEFAULT_RETRY_AFTER_S, ApiError, Outcome
+from cluster.ingress.fleet import Fleet
 from cluster.reports import ReplicaReport
-from engine.types import EngineDeadError, GenerationRequest, ModelInfo, RequestOutput
+from cluster.router.router import Router
+from cluster.transport.messages import DrainingError
+from engine.types import GenerationRequest, ModelInfo, RequestOutput
 
-ASK_TIMEOUT_S = 5.0  # for a question to a replica that takes it no time to answer
-
-logger = logging.getLogger(__name__)
-
-
-class ReplicaLostError(Exception):
-    """The replica died, or was cut off, while it served a request."""
+ASK_TIMEOUT_S = 2.0  # for a question to a replica that takes it no time to answer
+NO_REPLICA_TIMEOUT_S = 10.0  # the only replica of a model may be restarting
 
 
 class Backend(Protocol):
@@ -45,40 +43,36 @@ class Backend(Protocol):
 
 
 class ServeBackend:
-    """The replicas behind a Serve handle."""
+    """The replicas of one engine deployment: Serve says which there are, the channels carry the requests."""
 
-    def __init__(self, engines: DeploymentHandle) -> None:
+    def __init__(self, engines: DeploymentHandle, router: Router) -> None:
         self._engines = engines
-        self._generate: Any = engines.options(stream=True).generate
-        self._info: ModelInfo | None = None
+        self._router = router
+        self._fleet = Fleet(self.reports)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
-        response = self._generate.remote(request)
-        try:
-            async for item in response:
-                if isinstance(item, EngineDeadError):
-                    raise ReplicaLostError(str(item)) from item
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise _unavailable() from error
-        except (RayError, RayServeException, grpc.RpcError) as error:
-            logger.warning("request %s lost its replica: %s", request.request_id, type(error).__name__)
-            raise ReplicaLostError(f"the replica that served the request was lost ({type(error).__name__})") from error
-        finally:
-            response.cancel()
+        while True:
+            if not self._fleet.channels() and not await self._fleet.wait_for_replica(NO_REPLICA_TIMEOUT_S):
+                raise _unavailable()
+            channels = self._fleet.channels()
+            channel = channels[self._router.pick(request, {name: c.num_open for name, c in channels.items()})]
+            try:
+                async with aclosing(channel.generate(request)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except DrainingError:  # it has not begun there, so this is no retry
+                self._fleet.retire(channel)
 
     async def info(self) -> ModelInfo:
-        if self._info is None:
-            try:
-                async with asyncio.timeout(ASK_TIMEOUT_S):
-                    self._info = await self._engines.info.remote()
-            except (TimeoutError, RayError, RayServeException, grpc.RpcError) as error:
-                raise _unavailable() from error
-        return self._info
+        if self._fleet.info is None:
+            await self._fleet.wait_for_replica(NO_REPLICA_TIMEOUT_S)
+        if self._fleet.info is None:
+            raise _unavailable()
+        return self._fleet.info
 
     async def reports(self) -> list[ReplicaReport]:
+        self._fleet.start()  # so that who asks whether all is ready also makes it so
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 # Each by itself: the public results_async() gives all answers or, if one replica hangs, none.

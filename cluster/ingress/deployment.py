@@ -9,6 +9,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import ClusterConfig, resolve_path
 from cluster.ingress.backend import ServeBackend
 from cluster.ingress.routes import OpenAIService, create_api
+from cluster.router.registry import LoadRegistry
+from cluster.router.router import Router
 from engine.tokenizer import load_tokenizer
 
 
@@ -17,13 +19,14 @@ class Ingress:
     """HTTP entry point; as many replicas as the traffic needs, each with its own router."""
 
     def __init__(self, engines: DeploymentHandle, config: ClusterConfig) -> None:
+        context = serve.get_replica_context()
         model_path = str(resolve_path(config.model.path))
         self._service = OpenAIService(
-            backend=ServeBackend(engines),
+            backend=ServeBackend(engines, Router(LoadRegistry(config.resolved_redis_url(), context.app_name))),
             tokenizer=load_tokenizer(model_path),
             model_name=config.model.served_name,
             config=config.ingress,
-            ingress_id=serve.get_replica_context().replica_id.unique_id,
+            ingress_id=context.replica_id.unique_id,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -13,9 +13,10 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from cluster.ingress.backend import Backend, ReplicaLostError
+from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, to_api_error
 from cluster.ingress.responses import Choice, Endpoint, usage_object
+from cluster.transport.channel import ReplicaLostError
 from engine.types import FinishReason, GenerationRequest, RequestOutput
 
 NUM_ATTEMPTS = 2

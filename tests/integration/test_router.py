@@ -1,67 +1,29 @@
-"""The Serve request router over a real Redis: by load while it can, by Serve's own choice while it cannot."""
+"""The router of an ingress over a real Redis: by the replicas' load while it can, by its own while it cannot."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest_asyncio
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from cluster.redis_server import RedisServer
 from cluster.router.loads import LoadPublisher, connect, load_key
-from cluster.router.router import RedisRouter
-from engine.types import EngineStats
+from cluster.router.registry import LoadRegistry
+from cluster.router.router import Router
+from engine.types import EngineStats, GenerationRequest
 
 APP = "app"
-DEPLOYMENT = DeploymentID("EngineReplica", APP)
+REPLICAS = ("a", "b", "c")
+REQUEST = GenerationRequest("r", (1, 2, 3))
 
 
-@dataclass
-class Candidate:
-    """What of Serve's RunningReplica a router looks at."""
-
-    replica_id: ReplicaID
-    node_id: str = "node"
-    availability_zone: str | None = None
-    max_ongoing_requests: int = 100
-    multiplexed_model_ids: set[str] = field(default_factory=set)
-
-    async def get_queue_len(self, deadline_s: float) -> int:
-        return 0
-
-    @property
-    def name(self) -> str:
-        return self.replica_id.unique_id
-
-
-CANDIDATES = [Candidate(ReplicaID(name, DEPLOYMENT)) for name in ("a", "b", "c")]
-
-
-async def until(holds: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not await holds():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
-        await asyncio.sleep(0.02)
-
-
-def make_router(redis_url: str) -> RedisRouter:
-    router = RedisRouter(
-        deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False
-    )
-    router.initialize_state(redis_url=redis_url)
-    router.update_replicas(CANDIDATES)
-    return router
-
-
-async def ranks(router: RedisRouter) -> list[list[str]]:
-    chosen = await router.choose_replicas(CANDIDATES)
-    return [[candidate.name for candidate in rank] for rank in chosen]
+async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.02)
 
 
 @pytest_asyncio.fixture
@@ -73,7 +35,7 @@ async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
 @pytest_asyncio.fixture
 async def loads(redis: RedisServer) -> AsyncIterator[dict[str, EngineStats]]:
     """What each replica publishes; change it as you like."""
-    loads = {candidate.name: EngineStats(max_num_seqs=8) for candidate in CANDIDATES}
+    loads = {name: EngineStats(max_num_seqs=8) for name in REPLICAS}
 
     def publisher(name: str) -> LoadPublisher:
         return LoadPublisher(redis.url, APP, name, lambda: loads[name], max_num_batched_tokens=256)
@@ -86,57 +48,62 @@ async def loads(redis: RedisServer) -> AsyncIterator[dict[str, EngineStats]]:
         await each.stop()
 
 
-def is_by_load(choice: list[list[str]]) -> bool:
-    return sorted(choice) == [["a"], ["b"], ["c"]]  # three ranks of one; Serve's own choice is one rank of two
+class Ingress:
+    """A router, and the requests that its process holds at each replica."""
+
+    def __init__(self, redis_url: str) -> None:
+        self.registry = LoadRegistry(redis_url, APP)
+        self.router = Router(self.registry)
+        self.held = dict.fromkeys(REPLICAS, 0)
+
+    def send(self) -> str:
+        replica_id = self.router.pick(REQUEST, self.held)
+        self.held[replica_id] += 1
+        return replica_id
 
 
-async def test_the_least_loaded_replica_comes_first(redis: RedisServer, loads: dict[str, EngineStats]) -> None:
+@pytest_asyncio.fixture
+async def ingress(redis: RedisServer) -> AsyncIterator[Ingress]:
+    ingress = Ingress(redis.url)
+    yield ingress
+    await ingress.registry.close()
+
+
+async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[str, EngineStats]) -> None:
     loads["a"] = EngineStats(num_running=6, max_num_seqs=8)
     loads["b"] = EngineStats(num_running=8, num_waiting=9, max_num_seqs=8)
-    router = make_router(redis.url)
-
-    async def ordered() -> bool:
-        return await ranks(router) == [["c"], ["a"], ["b"]]
-
-    await until(ordered)
+    ingress.registry.watch(REPLICAS)
+    await until(lambda: any(load.num_waiting for load in ingress.registry.loads().values()))
+    assert ingress.send() == "c"
 
 
-async def test_simultaneous_requests_spread_evenly(redis: RedisServer, loads: dict[str, EngineStats]) -> None:
-    router = make_router(redis.url)
-
-    async def by_load() -> bool:
-        return is_by_load(await ranks(router))
-
-    await until(by_load)
-    await asyncio.sleep(0.5)  # until the picks made while waiting are forgotten
-    firsts = Counter([(await ranks(router))[0][0] for _ in range(30)])
-    assert firsts == {"a": 10, "b": 10, "c": 10}
+async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, EngineStats]) -> None:
+    ingress.registry.watch(REPLICAS)
+    await until(lambda: len(ingress.registry.loads()) == 3)
+    assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
 
 
-async def test_redis_dies_and_comes_back(redis: RedisServer, loads: dict[str, EngineStats]) -> None:
-    router = make_router(redis.url)
-
-    async def by_load() -> bool:
-        return is_by_load(await ranks(router))
-
-    async def by_serve() -> bool:
-        choice = await ranks(router)
-        return len(choice) == 1 and len(set(choice[0])) == 2
-
-    await until(by_load)
+async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, loads: dict[str, EngineStats]) -> None:
+    """Without loads, the requests that this process holds decide; no pick ever waits."""
+    ingress.registry.watch(REPLICAS)
+    await until(lambda: len(ingress.registry.loads()) == 3)
     redis.stop()
-    await until(by_serve)
+    await until(lambda: not ingress.registry.loads())
+    ingress.held = {"a": 5, "b": 0, "c": 5}
+    assert [ingress.send() for _ in range(5)] == ["b"] * 5
+    assert set(ingress.held.values()) == {5}
     redis.start()
-    await until(by_load)
+    await until(lambda: len(ingress.registry.loads()) == 3)
 
 
-async def test_without_redis_or_with_nonsense_in_it_serve_chooses(redis: RedisServer) -> None:
+async def test_without_redis_or_with_nonsense_in_it_the_own_load_decides(redis: RedisServer) -> None:
     client = connect(redis.url)
-    for candidate in CANDIDATES:
-        await client.set(load_key(APP, candidate.name), b"\x80 not a load")
+    for replica_id in REPLICAS:
+        await client.set(load_key(APP, replica_id), b"\x80 not a load")
     await client.aclose()
     for url in (redis.url, "redis://127.0.0.1:1/0"):
-        router = make_router(url)
-        for _ in range(5):
-            assert len((await ranks(router))[0]) == 2
-            await asyncio.sleep(0.05)
+        ingress = Ingress(url)
+        assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
+        await asyncio.sleep(0.2)
+        assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
+        await ingress.registry.close()

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.ingress.backend import ReplicaLostError
 from cluster.ingress.errors import ApiError, Outcome
 from cluster.ingress.responses import Choice, CompletionEndpoint
 from cluster.ingress.stream import generate, generate_all, sse_events
 from cluster.reports import ReplicaReport
+from cluster.transport.channel import ReplicaLostError
 from engine.types import (
     BrownoutUsage,
     EngineBusyError,
