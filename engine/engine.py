@@ -52,7 +52,7 @@ class Engine:
         self.recorder = TelemetryRecorder(config.slo, clock())
         self._requests: dict[str, RequestState] = {}
         self._device = slot.device
-        self._pairs_per_token = slot.spec.num_layers * slot.spec.num_experts_per_token
+        self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
         may_dim = slot.ladder.measured or config.brownout.allow_unmeasured
         model = profile_steps(self._runner, config, len(slot.ladder))

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.batch import AttentionMetadata, DecodeOutput, DecodeRow, ForwardBatch, RowInfo
 from engine.kv_cache.storage import KvStorage
 from engine.layers.fused import argmax
-from engine.models.qwen2_moe import Qwen2Moe
+from engine.models.decoder import Decoder
 from engine.types import Levels, Phase
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,7 @@ class _Captured:
 class DecodeGraphs:
     """Captured at start for batches of up to ``max_batch`` sequences; larger batches run without a graph."""
 
-    def __init__(
-        self, model: Qwen2Moe, kv: KvStorage, max_model_len: int, max_batch: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: Decoder, kv: KvStorage, max_model_len: int, max_batch: int, device: torch.device) -> None:
         self._model, self._kv = model, kv
         sizes = [size for size in BATCH_SIZES if size < max_batch]
         self._sizes = [*sizes, min(max_batch, BATCH_SIZES[-1])]

@@ -40,6 +40,63 @@ TINY_CONFIG: dict[str, Any] = {
 }
 
 
+_DENSE: dict[str, Any] = {key: value for key, value in TINY_CONFIG.items() if "expert" not in key} | {
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 2,
+}
+
+# One tiny model of each family, each with the features that set it apart switched on.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+    "qwen2_moe, dense layers": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [3],
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "norm_topk_prob": True,
+        "head_dim": 32,
+        "num_experts": 16,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "qwen2": _DENSE | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": _DENSE | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "llama": _DENSE
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": _DENSE
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
+
+
 def write_config(directory: Path, **overrides: Any) -> Path:
     """A tiny model's directory without weights: config and the demo model's tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -51,15 +108,17 @@ def write_config(directory: Path, **overrides: Any) -> Path:
 
 def write_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     """A tiny model's directory as transformers writes it, weights included."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = TINY_CONFIG | overrides
     torch.manual_seed(seed)
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-        elif "norm" not in name:
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+        else:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(directory)
     return write_config(directory, **overrides)

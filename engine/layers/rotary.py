@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from engine.kv_cache.storage import KvStorage
+from engine.models.spec import RopeScaling
 
 
 class RotaryEmbedding:
     """cos and sin of every position, computed once."""
 
-    def __init__(self, head_dim: int, max_position: int, theta: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        max_position: int,
+        theta: float,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
+    ) -> None:
         inverse_frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        if scaling is not None:
+            inverse_frequency = _scale(inverse_frequency, scaling)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse_frequency)
         angles = torch.cat((angles, angles), dim=-1)  # [P, head_dim]
         self._cos = angles.cos().to(device)
@@ -21,6 +33,16 @@ class RotaryEmbedding:
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [T, head_dim] float32 of the step's positions [T]; gathered once for all layers."""
         return self._cos[positions], self._sin[positions]
+
+
+def _scale(inverse_frequency: Tensor, scaling: RopeScaling) -> Tensor:  # [head_dim / 2] -> [head_dim / 2]
+    stretched = inverse_frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    # llama3: turns within the original context; few turns are stretched, many are kept, between them a ramp.
+    turns = scaling.original_max_position * inverse_frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(stretched, inverse_frequency, kept.clamp(0, 1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

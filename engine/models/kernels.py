@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
-from engine.layers.norm import RmsNorm
+from engine.layers.norm import HeadNorm, RmsNorm
 from engine.layers.rotary import rotate_and_store
 from engine.models.spec import ModelSpec
 from engine.moe.layer import MoeLayer
@@ -27,9 +27,10 @@ class Kernels:
     norm: Callable[[Tensor, float], RmsNorm]
     moe_layer: Callable[..., MoeLayer]
     rotate_and_store: Callable[..., Tensor]
+    head_norm: Callable[..., HeadNorm]
 
 
-TORCH = Kernels("torch", RmsNorm, MoeLayer, rotate_and_store)
+TORCH = Kernels("torch", RmsNorm, MoeLayer, rotate_and_store, HeadNorm)
 
 
 def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
@@ -42,10 +43,14 @@ def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
     if device.type != "cuda":
         raise ConfigError(f"kernels is 'triton', but the device is {device}; allowed there: auto, torch")
     from engine.layers import fused
-    from engine.moe.fused import FusedMoeLayer
-    from engine.moe.tiles import tile_table
+    from engine.layers.fused_heads import FusedHeadNorm
 
-    card = torch.cuda.get_device_name(device)
-    tiles = tile_table(card, spec.num_experts, spec.hidden_size, spec.expert_size)
-    moe_layer = partial(FusedMoeLayer, tiles=tiles, side=torch.cuda.Stream(device))
-    return Kernels("triton", fused.FusedRmsNorm, moe_layer, fused.rotate_and_store)
+    moe_layer: Callable[..., MoeLayer] = MoeLayer
+    if spec.moe_layers:
+        from engine.moe.fused import FusedMoeLayer
+        from engine.moe.tiles import tile_table
+
+        card = torch.cuda.get_device_name(device)
+        tiles = tile_table(card, spec.num_experts, spec.hidden_size, spec.expert_size)
+        moe_layer = partial(FusedMoeLayer, tiles=tiles, side=torch.cuda.Stream(device))
+    return Kernels("triton", fused.FusedRmsNorm, moe_layer, fused.rotate_and_store, FusedHeadNorm)

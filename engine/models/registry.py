@@ -1,14 +1,24 @@
-"""Which architectures can be served: the name in config.json |-> how to read its config and load its weights."""
+"""Which architectures can be served: the name in config.json |-> how to read its config."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from engine.config import ConfigError
-from engine.models import qwen2_moe
+from engine.models import families
 from engine.models.spec import ModelSpec, read_config
 
-SPEC_READERS = {"Qwen2MoeForCausalLM": qwen2_moe.read_spec}
+SPEC_READERS: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
+    "Qwen2MoeForCausalLM": families.qwen2_moe,
+    "Qwen3MoeForCausalLM": families.qwen3_moe,
+    "MixtralForCausalLM": families.mixtral,
+    "Qwen2ForCausalLM": families.qwen2,
+    "Qwen3ForCausalLM": families.qwen3,
+    "LlamaForCausalLM": families.llama,
+    "MistralForCausalLM": families.mistral,
+}
 
 
 def load_spec(directory: str | Path) -> ModelSpec:

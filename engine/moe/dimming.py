@@ -49,6 +49,12 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     """Raises ConfigError or ArtefactError, before any weight is read."""
     brownout = config.brownout
     directory = Path(config.model.path)
+    if not spec.moe_layers and (brownout.ways or brownout.united_paths):
+        named = f"ways is {list(brownout.ways)}" if brownout.ways else f"united is {brownout.united!r}"
+        raise ConfigError(
+            f"brownout.{named}, but {directory} is a dense model ({spec.architecture}), which has no experts to dim; "
+            "allowed: none"
+        )
     united = _united_sources(config, spec, directory)
     ways = tuple(united)
     if not ways:
@@ -56,11 +62,11 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     ladder = load_ladder(brownout, ways, directory)
     num_united = max(brownout.united_rows or 0, rows_for(ways, spec.num_experts))
     dimmer = Dimmer(ladder, num_united, _protected(brownout, spec, united), brownout.dimmer == "paper", device)
-    dimmed = range(brownout.exempt_first, spec.num_layers - brownout.exempt_last)
+    dimmed = set(spec.moe_layers) & set(range(brownout.exempt_first, spec.num_layers - brownout.exempt_last))
     if not dimmed:
         raise ConfigError(
             f"brownout.exempt_first is {brownout.exempt_first} and exempt_last {brownout.exempt_last}; allowed: fewer "
-            f"than the model's {spec.num_layers} layers together, or no ways at all"
+            f"than the model's {spec.num_layers} together, so that a layer with experts remains, or no ways at all"
         )
     return Dimming(
         ladder, [dimmer if layer in dimmed else None for layer in range(spec.num_layers)], num_united, united

@@ -28,41 +28,48 @@ from engine.moe.tiles import MoeTiles, Tile, TileTable
 
 @dataclass(slots=True)
 class FusedMoeLayer(MoeLayer):
-    """MoeLayer whose result is a stack of addends [A + 1, T, D]: the pairs by column, then the shared expert.
+    """MoeLayer whose result is a stack of addends: the pairs by column [A, T, D], then the shared expert, if any.
 
     The shared expert runs on ``side``, so that the chain of small routing kernels hides behind it.
     """
 
     tiles: TileTable
     side: torch.cuda.Stream
-    router: Tensor = field(init=False)  # [> E, D]: both gates in one product, padded to a power of two of rows
+    router: Tensor = field(init=False)  # [>= E, D]: both gates in one product, padded to a power of two of rows
 
     def __post_init__(self) -> None:
-        router = torch.cat((self.gate.weight, self.shared_gate))
-        self.router = F.pad(router, (0, 0, 0, triton.next_power_of_2(len(router)) - len(router)))
+        router = self.gate.weight if self.shared_gate is None else torch.cat((self.gate.weight, self.shared_gate))
+        num_rows = max(triton.next_power_of_2(len(router)), MIN_ROUTER_ROWS)
+        self.router = F.pad(router, (0, 0, 0, num_rows - len(router)))
 
     def __call__(self, x: Tensor, rows: RowInfo, dimmed_pairs: Tensor) -> Tensor:
         num_experts, num_columns = self.gate.weight.shape[0], self.gate.num_experts_per_token
         num_packed, tiles, dimmer = len(self.experts.gate_up), self.tiles.of(len(x)), self.dimmer
-        addends = x.new_empty(num_columns + 1, *x.shape)
+        shared = self.shared_expert
+        addends = x.new_empty(num_columns + (shared is not None), *x.shape)
         main = torch.cuda.current_stream()
-        self.side.wait_stream(main)
+        if shared is not None:
+            self.side.wait_stream(main)
         choice = choose(
             x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows,
             rank_by_count=dimmer is not None and dimmer.rank_by_count,
         )  # fmt: skip
-        chosen = main.record_event()
-        with torch.cuda.stream(self.side):
-            gate_up = F.linear(x, self.shared_expert.gate_up)
-            self.side.wait_event(chosen)
-            hidden = silu_and_mul_gated(gate_up, choice.shared_logits)
-            torch.mm(hidden, self.shared_expert.down.t(), out=addends[num_columns])
-
+        if shared is not None:
+            chosen = main.record_event()
+            with torch.cuda.stream(self.side):
+                gate_up = F.linear(x, shared.gate_up)
+                self.side.wait_event(chosen)
+                hidden = silu_and_mul_gated(gate_up, choice.shared_logits)
+                torch.mm(hidden, shared.down.t(), out=addends[num_columns])
         if dimmer is not None:
             rewrite_(dimmer, self.index, choice, rows, dimmed_pairs)
         run_experts(x, choice.routing, self.experts, tiles, addends[:num_columns])
-        main.wait_stream(self.side)
+        if shared is not None:
+            main.wait_stream(self.side)
         return addends
+
+
+MIN_ROUTER_ROWS = 16  # the matrix unit's
 
 
 def run_experts(x: Tensor, routing: Routing, experts: PackedExperts, tiles: MoeTiles, out: Tensor) -> None:

@@ -38,7 +38,7 @@ def choose(
     x: Tensor, router: Tensor, num_experts: int, num_columns: int, normalise: bool, num_packed: int, rows: RowInfo,
     rank_by_count: bool,
 ) -> Choice:  # fmt: skip
-    """Top ``num_columns`` of softmax(x @ router[:E].T), and x @ router[E].  [T, D], [> E, D]
+    """Top ``num_columns`` of softmax(x @ router[:E].T), and x @ router[E], 0 without that row.  [T, D], [>= E, D]
 
     ``router`` has a power of two of rows. Rows that only pad the batch get no expert.
     """

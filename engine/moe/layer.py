@@ -1,4 +1,4 @@
-"""A MoE layer: gate, dimmer, experts, shared expert."""
+"""A MoE layer: gate, dimmer, experts, and in some families a shared expert."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MoeLayer:
     index: int
     gate: Gate
     experts: PackedExperts
-    shared_expert: GatedMlp
-    shared_gate: Tensor  # [1, D]
+    shared_expert: GatedMlp | None
+    shared_gate: Tensor | None  # [1, D], if there is a shared expert
     dimmer: Dimmer | None  # None: this layer is never dimmed
 
     def __call__(self, x: Tensor, rows: RowInfo, dimmed_pairs: Tensor) -> Tensor:
@@ -31,5 +31,7 @@ class MoeLayer:
             dimmed = self.dimmer.rewrite(self.index, routing, rows)
             routing = dimmed.routing
             dimmed_pairs += dimmed.dimmed_pairs
-        shared = torch.sigmoid(F.linear(x, self.shared_gate)) * self.shared_expert(x)
-        return self.experts(x, routing) + shared
+        routed = self.experts(x, routing)
+        if self.shared_expert is None or self.shared_gate is None:
+            return routed
+        return routed + torch.sigmoid(F.linear(x, self.shared_gate)) * self.shared_expert(x)

@@ -14,15 +14,13 @@ import torch
 from engine.attention.select import create_attention
 from engine.config import ConfigError, EngineConfig
 from engine.kv_cache.storage import KvStorage
+from engine.models.decoder import Decoder
 from engine.models.kernels import create_kernels
-from engine.models.qwen2_moe import Qwen2Moe
 from engine.models.registry import load_spec
 from engine.models.spec import ModelSpec
 from engine.moe.dimming import Dimming, create_dimming
 from engine.moe.ladder import Ladder
-from engine.weights.manifest import WeightSource
-from engine.weights.random import RandomWeights
-from engine.weights.safetensors import SafetensorsCheckpoint
+from engine.weights.load import load_weights, open_source
 
 if TYPE_CHECKING:
     from engine.graphs import DecodeGraphs
@@ -34,7 +32,7 @@ class ModelSlot:
 
     spec: ModelSpec
     dimming: Dimming
-    model: Qwen2Moe
+    model: Decoder
     kv: KvStorage
     graphs: DecodeGraphs | None
     max_model_len: int
@@ -62,16 +60,15 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     spec = load_spec(directory)
     dimming = create_dimming(config, spec, device)
     dtype = _resolve_dtype(config.model.dtype, spec, device)
-    source: WeightSource
-    if config.model.load_format == "random":
-        source = RandomWeights(config.model.seed, device)
-    else:
-        source = SafetensorsCheckpoint(directory)
+    source = open_source(config.model, spec, device)
     block_size = config.cache.block_size
     attention = create_attention(config.attention, device, spec.head_dim, dtype, block_size)
     kernels = create_kernels(config.kernels, spec, device)
-    model = Qwen2Moe(spec, source, dimming.dimmers, dimming.num_united, attention, kernels, dtype, device)
-    dimming.load_united({index: layer.moe.experts for index, layer in enumerate(model.layers)})
+    num_united = {layer: dimming.num_united for layer, dimmer in enumerate(dimming.dimmers) if dimmer is not None}
+    weights = load_weights(spec, source, num_united, dtype, device)
+    model = Decoder(spec, weights, dimming.dimmers, attention, kernels)
+    del weights
+    dimming.load_united(model.experts)
     max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
     num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
     kv = KvStorage(spec, num_blocks, block_size, dtype, device)

@@ -10,11 +10,12 @@ import torch
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.kv_cache.storage import KvStorage
 from engine.models.registry import load_spec
+from engine.moe.layer import MoeLayer
 from engine.pool.slots import CPU_KV_BYTES, load_slot
 from engine.profile import UNPROFILED_STEP_S, profile_steps
 from engine.runner import Runner
 from engine.weights.manifest import CheckpointError
-from tests.models import write_checkpoint, write_config
+from tests.models import FAMILIES, write_checkpoint, write_config
 
 SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32)
 
@@ -76,6 +77,23 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) ->
     write_config(directory, num_experts=13)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate\.weight in .* has shape \(12, 64\)"):
         load_slot(config(directory, load_format="safetensors"))
+
+
+def test_a_dense_model_has_one_level_and_refuses_ways(tmp_path: Path) -> None:
+    directory = write_config(tmp_path, **FAMILIES["llama"])
+    assert len(load_slot(config(directory)).ladder) == 1
+    with pytest.raises(ConfigError, match=r"brownout\.ways is \[2, 4\], but .* is a dense model \(Llama"):
+        load_slot(config(directory, brownout=BrownoutConfig(ways=(2, 4))))
+
+
+def test_only_layers_with_experts_are_dimmed(tmp_path: Path) -> None:
+    directory = write_config(tmp_path, **FAMILIES["qwen2_moe, dense layers"])
+    slot = load_slot(config(directory, brownout=BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0)))
+    layers = [layer.feed_forward for layer in slot.model.layers]
+    assert [isinstance(layer, MoeLayer) and layer.dimmer is not None for layer in layers] == [False, True, False, False]
+    assert slot.spec.pairs_per_token == 4
+    with pytest.raises(ConfigError, match=r"brownout\.exempt_first is 2 .* a layer with experts remains"):
+        load_slot(config(directory, brownout=BrownoutConfig(ways=(2,), exempt_first=2, exempt_last=0)))
 
 
 def test_the_profile_covers_every_level_and_the_largest_step_and_keeps_no_slot_alive(model: Path) -> None:
