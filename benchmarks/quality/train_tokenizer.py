@@ -2,15 +2,17 @@
 
     python -m benchmarks.quality.train_tokenizer TEXT [TEXT ...] --vocab-size 4096 --out deploy/models/demo-random
 
-Texts are UTF-8, plain or gzipped. The same texts give the same file.
+Texts are UTF-8, plain or compressed (.gz, .xz). The same texts give the same file.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-from collections.abc import Iterator
+import lzma
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -22,10 +24,12 @@ WORD_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open}
+
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a plain or gzipped UTF-8 text, line ends kept."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    """Lines of a UTF-8 text, plain, .gz or .xz; line ends kept."""
+    opener = OPENERS.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8", newline="") as text:
         yield from text
 
@@ -56,7 +60,7 @@ def train(texts: list[Path], vocab_size: int) -> Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on plain text.")
-    parser.add_argument("texts", nargs="+", type=Path, help="UTF-8 text files, plain or .gz")
+    parser.add_argument("texts", nargs="+", type=Path, help="UTF-8 text files, plain, .gz or .xz")
     parser.add_argument("--vocab-size", type=int, default=4096, help="ids in all, special tokens included")
     parser.add_argument("--out", type=Path, required=True, help="directory that gets tokenizer.json")
     args = parser.parse_args()
