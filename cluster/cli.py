@@ -13,6 +13,7 @@ from cluster.commands.brownout import brownout
 from cluster.commands.config import config
 from cluster.commands.serve import serve
 from cluster.commands.status import status
+from cluster.commands.unite import unite
 
 
 def _version() -> str:
@@ -39,7 +40,7 @@ def main() -> None:
     """
 
 
-for command in (serve, status, brownout, config):
+for command in (serve, status, brownout, config, unite):
     main.add_command(command)
 
 if __name__ == "__main__":
