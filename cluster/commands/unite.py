@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 @click.option("--grouping", "groupings", multiple=True, help="consecutive, apart, similar; default: the best of all.")
 @click.option("--exempt-first", default=2, show_default=True, help="First layers that get no united experts.")
 @click.option("--exempt-last", default=2, show_default=True, help="Last layers that get none.")
-@click.option("--max-error", default=0.6, show_default=True, help="Held-out routed error above which a group is not used.")
+@click.option(
+    "--max-error", default=0.6, show_default=True, help="Held-out routed error above which a group is not used."
+)
 @click.option("--steps", default=400, show_default=True, help="Distillation steps per layer and way.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def unite(
@@ -78,6 +80,7 @@ def unite(
         from engine.unite.calibration import cut_sequences, read_text
         from engine.unite.capture import load_for_calibration
         from engine.unite.distil import DistilOptions
+        from engine.unite.groups import GROUPINGS
         from engine.weights.digest import model_digest
 
         jobs = [Job(int(way), method, (out or model) / f"united-{way}") for way in dict.fromkeys(ways)]
@@ -86,7 +89,7 @@ def unite(
             exempt_last=exempt_last,
             max_error=max_error,
             distil=DistilOptions(num_steps=steps),
-            **({"groupings": groupings} if groupings else {}),
+            groupings=groupings or GROUPINGS,
         )
         with console.status("reading the model and the calibration text"):
             slot = load_for_calibration(ModelConfig(str(model)), tokens, device)

@@ -24,9 +24,7 @@ def frequency_average(trace: LayerTrace, pairs: RoutedPairs, grouping: Grouping)
     return _weighted_average(trace, grouping, _num_tokens(pairs))
 
 
-def mixture_distil(
-    trace: LayerTrace, pairs: RoutedPairs, grouping: Grouping, options: DistilOptions
-) -> UnitedLayer:
+def mixture_distil(trace: LayerTrace, pairs: RoutedPairs, grouping: Grouping, options: DistilOptions) -> UnitedLayer:
     """The published recipe (arXiv 2507.17133, 2607.04164): fit the members' mean output on *all* tokens.
 
     Starts from the frequency average, weights the members by frequency, and takes as many steps and examples as the

@@ -26,7 +26,7 @@ from engine.unite.capture import trace_layers
 from engine.unite.distil import DistilOptions, distil
 from engine.unite.groups import GROUPINGS, make_grouping
 from engine.unite.instant import instant_build
-from engine.unite.pairs import LayerTrace, RoutedPairs, routed_pairs
+from engine.unite.pairs import LayerTrace, routed_pairs
 from engine.unite.protect import super_experts
 from engine.unite.united_layer import UnitedLayer, mean_error, routed_errors
 
@@ -52,7 +52,7 @@ class UniteOptions:
         for name in self.groupings:
             require(name in GROUPINGS, "unite.groupings", name, ", ".join(GROUPINGS))
         require(bool(self.groupings), "unite.groupings", list(self.groupings), "at least one")
-        require(0 < self.max_error, "unite.max_error", self.max_error, "a positive number")
+        require(self.max_error > 0, "unite.max_error", self.max_error, "a positive number")
         require(0 < self.held_out_frac < 1, "unite.held_out_frac", self.held_out_frac, "in (0, 1)")
 
 
@@ -209,9 +209,7 @@ class _JobState:
             "seconds": seconds,
         }
         self._write()
-        return Progress(
-            job, layer, grouping, mean_error(errors), sum(refused), seconds, num_done, num_total
-        )
+        return Progress(job, layer, grouping, mean_error(errors), sum(refused), seconds, num_done, num_total)
 
     def finish(self, spec: ModelSpec, model_digest: str, calibration_digest: str, options: UniteOptions) -> None:
         """Write the manifest, which makes the directory an artefact."""

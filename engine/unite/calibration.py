@@ -27,7 +27,8 @@ def read_text(path: Path) -> str:
     """A UTF-8 text, plain, .gz or .xz. Raises CalibrationError."""
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            return file.read()
+            text: str = file.read()
+            return text
     except (OSError, UnicodeError, EOFError, lzma.LZMAError) as error:
         raise CalibrationError(f"calibration text {path} cannot be read: {error}") from error
 

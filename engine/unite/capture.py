@@ -6,14 +6,14 @@ Legend: S sequences, T tokens each, N = S T, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, ForwardBatch
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
-from engine.moe.gate import Gate
+from engine.moe.layer import MoeLayer
 from engine.pool.slots import ModelSlot, load_slot
 from engine.types import Levels, Phase
 from engine.unite.pairs import LayerTrace
@@ -40,14 +40,13 @@ def load_for_calibration(model: ModelConfig, num_tokens: int, device: str = "aut
 class _Recorder:
     """Stands in for a MoE layer and keeps its inputs."""
 
-    def __init__(self, moe: Any) -> None:
+    def __init__(self, moe: MoeLayer) -> None:
         self.moe = moe
         self.inputs: list[Tensor] = []
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         self.inputs.append(x.clone())
-        output: Tensor = self.moe(x, *args)
-        return output
+        return self.moe(x, *args)
 
 
 @torch.no_grad()
@@ -63,8 +62,9 @@ def trace_layers(slot: ModelSlot, sequences: Tensor) -> Iterator[tuple[int, Laye
         hidden, queries = model.begin(batch, kv)
         states.append((hidden, model.attend(0, queries, batch, kv)))
     for index, layer in enumerate(model.layers):
-        recorder = _Recorder(layer.moe)
-        layer.moe = recorder
+        original = layer.feed_forward
+        recorder = _Recorder(original) if isinstance(original, MoeLayer) else None
+        layer.feed_forward = cast(MoeLayer, recorder or original)
         try:
             for number, batch in enumerate(batches):
                 hidden, queries = model.advance(index, *states[number], batch, kv)
@@ -72,14 +72,13 @@ def trace_layers(slot: ModelSlot, sequences: Tensor) -> Iterator[tuple[int, Laye
                 following = queries if index + 1 == len(model.layers) else model.attend(index + 1, queries, batch, kv)
                 states[number] = (hidden, following)
         finally:
-            layer.moe = recorder.moe
-        if hasattr(recorder.moe, "experts"):
+            layer.feed_forward = original
+        if recorder is not None:
             yield index, _trace(recorder)
 
 
 def _trace(recorder: _Recorder) -> LayerTrace:
-    gate: Gate = recorder.moe.gate
-    routings = [gate(x) for x in recorder.inputs]
+    routings = [recorder.moe.gate(x) for x in recorder.inputs]
     experts = recorder.moe.experts
     originals = slice(0, experts.num_originals)
     return LayerTrace(

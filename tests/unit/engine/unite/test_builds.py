@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from engine.moe.united import consecutive_groups
-from engine.unite.baselines import average, frequency_average, mixture_distil
+from engine.unite.baselines import average, mixture_distil
 from engine.unite.distil import DistilOptions, distil
-from engine.unite.groups import GROUPINGS, balanced_groups, coactivation, make_grouping
 from engine.unite.instant import instant_build
 from engine.unite.pairs import LayerTrace, expert_hidden, routed_pairs
 from engine.unite.united_layer import UnitedLayer, mean_error, routed_errors
