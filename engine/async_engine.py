@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.grammar import GrammarState
 from engine.outbox import Outbox
 from engine.telemetry import StepWindow, Totals
 from engine.tokenizer import Tokenizer
@@ -97,7 +98,12 @@ class AsyncEngine:
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
         self._streams[request.request_id] = deliver
-        self._commands.put(lambda: self._add(request))
+        if request.sampling.grammar is None:
+            self._commands.put(lambda: self._add(request))
+            return
+        # In a thread of its own: the engine's makes no step meanwhile, and the event loop serves other streams.
+        compiling = self._loop.run_in_executor(None, self._engine.grammars.compile, request.sampling.grammar)
+        compiling.add_done_callback(lambda compiled: self._add_compiled(request, deliver, compiled))
 
     def drop(self, request_id: str) -> None:
         """End a request of which nobody wants to hear any more; nothing if it has ended."""
@@ -182,9 +188,9 @@ class AsyncEngine:
         except queue.Empty:
             pass
 
-    def _add(self, request: GenerationRequest) -> None:
+    def _add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
         try:
-            self._engine.add(request)
+            self._engine.add(request, grammar)
         except (InvalidRequestError, EngineBusyError) as error:
             self._call_soon(self._deliver, request.request_id, error)
 
@@ -204,6 +210,17 @@ class AsyncEngine:
             self._stopping = True
 
     # Event loop
+
+    def _add_compiled(
+        self, request: GenerationRequest, deliver: Deliver, compiled: asyncio.Future[GrammarState]
+    ) -> None:
+        if self._streams.get(request.request_id) is not deliver or compiled.cancelled():  # dropped meanwhile
+            return
+        if error := compiled.exception():
+            self._deliver(request.request_id, error if isinstance(error, Exception) else EngineDeadError(str(error)))
+        else:
+            grammar = compiled.result()
+            self._commands.put(lambda: self._add(request, grammar))
 
     def _deliver_all(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

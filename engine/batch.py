@@ -46,7 +46,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     rows: RowInfo
     sequence_of_row: Tensor  # [T]
-    sample_rows: Tensor  # [N'], rows whose next token is wanted
+    sample_rows: Tensor  # [N'], rows whose logits are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,18 @@ class BatchBuilder:
         self._sample_rows: list[int] = []
 
     def add(
-        self, token_ids: list[int], start: int, block_ids: list[int], phase: Phase, exact: bool, samples: bool
+        self,
+        token_ids: list[int],
+        start: int,
+        block_ids: list[int],
+        phase: Phase,
+        exact: bool,
+        samples: int,
     ) -> None:
-        """Rows for the tokens at positions [start, start + len(token_ids)) of one sequence."""
+        """Rows for the tokens at positions [start, start + len(token_ids)) of one sequence.
+
+        The last ``samples`` of them get logits.
+        """
         size, end = self._block_size, start + len(token_ids)
         table = block_ids[: -(-end // size)]
         positions = np.arange(start, end)
@@ -108,8 +117,7 @@ class BatchBuilder:
         self._phase.append(int(phase))
         self._exact.append(exact)
         self._num_rows += len(token_ids)
-        if samples:
-            self._sample_rows.append(self._num_rows - 1)
+        self._sample_rows += range(self._num_rows - samples, self._num_rows)
 
     def build(self, levels: Levels, device: torch.device) -> ForwardBatch:
         width = max(map(len, self._tables))

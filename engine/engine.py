@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from engine.brownout import Brownout
 from engine.config import EngineConfig
+from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
 from engine.pool.slots import ModelSlot, load_slot
 from engine.profile import profile_steps
@@ -51,7 +52,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
         self.recorder = TelemetryRecorder(config.slo, clock())
         self._requests: dict[str, RequestState] = {}
-        self._device = slot.device
+        self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
         may_dim = slot.ladder.measured or config.brownout.allow_unmeasured
@@ -79,12 +80,17 @@ class Engine:
     def has_work(self) -> bool:
         return self._runner is not None and self.scheduler.has_work
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed."""
+    def add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
+        """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed.
+
+        ``grammar``: the request's, compiled by `grammars`; compiled here if it was not.
+        """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+        if grammar is None and request.sampling.grammar is not None:
+            grammar = self.grammars.compile(request.sampling.grammar)
         now_s = self._clock()
-        state = RequestState(request, self.tokenizer, now_s - request.waited_s, self.info.vocab_size, self._device)
+        state = RequestState(request, self.tokenizer, now_s - request.waited_s, self.info.vocab_size, grammar)
         self.scheduler.add(state.sequence)
         self._requests[request.request_id] = state
         self.brownout.learn_arrival(now_s)

@@ -42,4 +42,5 @@ def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
         token_ids=earlier.token_ids + later.token_ids,
         text=earlier.text + later.text,
         logprobs=(earlier.logprobs or ()) + (later.logprobs or ()) or None,
+        prompt_logprobs=earlier.prompt_logprobs,
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 
-import torch
-
 from engine.detokenize import IncrementalDetokenizer
+from engine.grammar import GrammarState
 from engine.sampling import SamplingState
 from engine.scheduler.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -18,7 +17,12 @@ class RequestState:
     """Created when a request arrives, dropped when it ends."""
 
     def __init__(
-        self, request: GenerationRequest, tokenizer: Tokenizer, arrival_s: float, vocab_size: int, device: torch.device
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        arrival_s: float,
+        vocab_size: int,
+        grammar: GrammarState | None = None,
     ) -> None:
         params = request.sampling
         self.sequence = Sequence(request, arrival_s)
@@ -26,7 +30,7 @@ class RequestState:
             frozenset() if params.ignore_eos else tokenizer.eos_token_ids
         )
         fallback_seed = zlib.crc32(request.request_id.encode())
-        self.sampling = SamplingState(params, request.prompt_ids, vocab_size, self._stop_ids, device, fallback_seed)
+        self.sampling = SamplingState(params, request.prompt_ids, vocab_size, self._stop_ids, fallback_seed, grammar)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens
         )
@@ -36,19 +40,24 @@ class RequestState:
         sequence, params = self.sequence, self.sequence.request.sampling
         sequence.token_ids.append(token_id)
         self.sampling.append(token_id)
+        prompt_logprobs = self.sampling.take_prompt_logprobs()
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         sequence.last_token_s = now_s
         may_stop = sequence.num_generated >= params.min_tokens
+        grammar = self.sampling.grammar
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         text = ""
-        if may_stop and token_id in self._stop_ids:
+        error = grammar.error if grammar is not None else None
+        if error is not None:
+            reason = FinishReason.ERROR
+        elif may_stop and token_id in self._stop_ids:
             reason = FinishReason.STOP
             stop_reason = token_id if token_id in params.stop_token_ids else None
         else:
             text, stop_reason = self._detokenizer.append([token_id])
-            if stop_reason is not None:
+            if stop_reason is not None or (grammar is not None and grammar.finished):
                 reason = FinishReason.STOP
             elif sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
                 reason = FinishReason.LENGTH
@@ -57,8 +66,10 @@ class RequestState:
             token_ids=(token_id,),
             text=text,
             logprobs=(logprob,) if logprob is not None else None,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
+            error=error,
         )
 
     def final_output(self, reason: FinishReason, output: RequestOutput | None) -> RequestOutput:

@@ -10,6 +10,7 @@ import torch
 
 from engine.batch import BatchBuilder, DecodeRow
 from engine.kv_cache.blocks import BlockManager
+from engine.logprobs import take_prompt_rows
 from engine.pool.slots import ModelSlot
 from engine.sampling import Sampled, SamplingState, sample
 from engine.scheduler.scheduler import ScheduledBatch
@@ -65,18 +66,20 @@ class Runner:
         self, batch: ScheduledBatch, blocks: BlockManager, levels: Levels, states: dict[str, SamplingState]
     ) -> _Computed:
         builder = BatchBuilder(self.slot.kv.block_size)
-        for item in batch:
+        logit_rows = [states[item.sequence.request_id].logit_rows(item) for item in batch]
+        for item, rows in zip(batch, logit_rows, strict=True):
             sequence = item.sequence
             start = sequence.num_computed
             tokens = sequence.token_ids[start : start + item.num_tokens]
             table = blocks.block_ids(sequence.request_id)
-            builder.add(tokens, start, table, item.phase, sequence.exact, item.samples)
+            builder.add(tokens, start, table, item.phase, sequence.exact, rows.num_rows)
         inputs = builder.build(levels, self.slot.device)
         output = self.slot.model.forward(inputs, self.slot.kv)
         dimmed_pairs = torch.zeros(len(batch), dtype=torch.int64, device=self.slot.device)
         dimmed_pairs.index_add_(0, inputs.sequence_of_row, output.dimmed_pairs)
         sampling = [states[item.sequence.request_id] for item in batch if item.samples]
-        sampled = sample(output.logits.float(), sampling) if sampling else Sampled([], [])
+        logits = take_prompt_rows(output.logits, logit_rows)
+        sampled = sample(logits.float(), sampling) if sampling else Sampled([], [])
         return _Computed(sampled, dimmed_pairs.tolist())
 
     def _run_graph(
@@ -115,7 +118,7 @@ class Runner:
         else:
             builder = BatchBuilder(self.slot.kv.block_size)
             for row in rows:
-                builder.add([row.token_id], row.position, row.block_ids, Phase.DECODE, row.exact, samples=True)
+                builder.add([row.token_id], row.position, row.block_ids, Phase.DECODE, row.exact, samples=1)
             inputs = builder.build(levels, self.slot.device)
             self.slot.model.forward(inputs, self.slot.kv).logits.argmax(dim=-1).tolist()
         return time.perf_counter() - start_s

@@ -54,6 +54,10 @@ class Tokenizer:
         """Token ids of ``text``. Text from :meth:`apply_chat_template` already holds its special tokens."""
         return self._backend.encode(_require_unicode(text, "prompt"), add_special_tokens=add_special_tokens).ids
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

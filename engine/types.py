@@ -65,8 +65,10 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to choose tokens. Names and meanings are the OpenAI API's, and vLLM's where OpenAI has none.
 
-    ``temperature`` 0 is greedy. ``top_k`` -1 and ``top_p`` 1.0 keep all tokens. ``logprobs`` is the number of
-    alternatives to report besides the chosen token (0: the chosen one only; None: no logprobs at all).
+    ``temperature`` 0 is greedy. ``top_k`` 0 or -1 and ``top_p`` 1.0 keep all tokens. ``logprobs`` is the number of
+    alternatives to report besides the chosen token (0: the chosen one only; None: no logprobs at all);
+    ``prompt_logprobs`` is the same for the prompt's own tokens. ``grammar`` is one of llguidance that the answer must
+    follow; the request then ends when nothing can follow.
     """
 
     max_tokens: int = 16
@@ -85,6 +87,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
     MAX_STOP_STRINGS = 16
@@ -98,9 +102,7 @@ class SamplingParams:
         )
         self._require(0 <= self.temperature <= 2, "temperature", f"must be between 0 and 2, got {self.temperature}")
         self._require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
-        self._require(
-            self.top_k == -1 or self.top_k >= 1, "top_k", f"must be -1 (all tokens) or at least 1, got {self.top_k}"
-        )
+        self._require(self.top_k >= -1, "top_k", f"must be 0 or -1 (all tokens) or at least 1, got {self.top_k}")
         self._require(0 <= self.min_p <= 1, "min_p", f"must be between 0 and 1, got {self.min_p}")
         self._require(
             0 < self.repetition_penalty <= 2,
@@ -113,11 +115,13 @@ class SamplingParams:
         for token_id, bias in self.logit_bias:
             self._require(token_id >= 0, "logit_bias", f"keys must be token ids, got {token_id}")
             self._require(-100 <= bias <= 100, "logit_bias", f"values must be between -100 and 100, got {bias}")
-        self._require(
-            self.logprobs is None or 0 <= self.logprobs <= self.MAX_LOGPROBS,
-            "logprobs",
-            f"must be between 0 and {self.MAX_LOGPROBS}, got {self.logprobs}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            self._require(
+                number is None or 0 <= number <= self.MAX_LOGPROBS,
+                name,
+                f"must be between 0 and {self.MAX_LOGPROBS}, got {number}",
+            )
         self._require(
             len(self.stop) <= self.MAX_STOP_STRINGS,
             "stop",
@@ -134,16 +138,27 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def num_top(self) -> int | None:
+        """``top_k`` as a number of tokens; None: all."""
+        return self.top_k if self.top_k > 0 else None
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt to continue. ``waited_s`` is what the request already waited before the engine saw it."""
+    """One prompt to continue. ``waited_s`` is what the request already waited before the engine saw it.
+
+    Of waiting requests the one with the least ``priority`` goes first. ``traceparent`` is the W3C trace context that
+    the request belongs to, for log lines; empty: none.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     service_class: ServiceClass = ServiceClass.STANDARD
     waited_s: float = 0.0
+    priority: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +210,7 @@ class RequestOutput:
     stop_reason: str | int | None = None  # the stop string or token id that matched
     usage: Usage | None = None  # on the last output
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first output, if asked for; the first None
 
     @property
     def finished(self) -> bool:

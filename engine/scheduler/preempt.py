@@ -6,8 +6,8 @@ from engine.scheduler.sequence import Sequence
 
 
 def choose_victim(running: list[Sequence]) -> Sequence:
-    """The latest arrival: it has lost least, and the oldest always makes progress, so nobody starves.
+    """The latest arrival of the greatest priority value: it has lost least, and the oldest always makes progress.
 
     Of arrivals at the same time the last admitted, so that two of them cannot take turns at evicting each other.
     """
-    return max(reversed(running), key=lambda sequence: sequence.arrival_s)
+    return max(reversed(running), key=lambda sequence: (sequence.request.priority, sequence.arrival_s))

@@ -4,7 +4,8 @@ A step takes, in this order, until the token budget is spent:
 
 1. every decoding sequence, one token each;
 2. running sequences whose prompt is not computed yet, oldest first, as large a chunk as fits;
-3. waiting sequences, oldest first, while there is a place in the batch and blocks for all their tokens.
+3. waiting sequences, by priority, then oldest first, while there is a place in the batch and blocks for all their
+   tokens.
 
 When blocks run out, the latest arrival is preempted: it loses its blocks, returns to the head of the queue and
 recomputes (its own blocks are likely still in the prefix cache).
@@ -154,7 +155,7 @@ class Scheduler:
     def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
             sequence = self.waiting.peek()
-            num_cached = self.blocks.start(sequence.request_id, sequence.token_ids, sequence.exact)
+            num_cached = self.blocks.start(sequence.request_id, sequence.reusable_ids, sequence.exact)
             if not has_room(sequence, num_cached, self.blocks):
                 self.blocks.free(sequence.request_id)
                 break

@@ -58,6 +58,11 @@ class Sequence:
     def exact(self) -> bool:
         return self.request.service_class is ServiceClass.FULL
 
+    @property
+    def reusable_ids(self) -> list[int]:
+        """Tokens whose KV may come from the prefix cache; log-probabilities of a prompt need all of it computed."""
+        return self.token_ids if self.request.sampling.prompt_logprobs is None else self.token_ids[:1]
+
     def usage(self) -> Usage:
         brownout = BrownoutUsage(
             routed_pairs=self.routed_pairs,

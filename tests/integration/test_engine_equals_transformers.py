@@ -123,6 +123,44 @@ def test_greedy_equals_transformers_with_prefix_hits(
     assert engine.stats().num_tokens - num_tokens_cold < num_tokens_cold * 0.8
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"scheduler": SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=7)},
+        {"cache": CacheConfig(num_blocks=41)},
+    ],
+    ids=["batched", "chunked", "preempted"],
+)
+def test_prompt_logprobs_equal_transformers(checkpoint: Path, prompts: Prompts, case: dict[str, object]) -> None:
+    """Also where the prompt is in the prefix cache already, and beside requests that ask for none."""
+    from transformers import Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    engine = make_engine(checkpoint, **case)  # type: ignore[arg-type]
+    for number, prompt in enumerate(prompts):
+        asks = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, prompt_logprobs=2 if number % 2 else None)
+        engine.add(GenerationRequest(str(number), prompt, asks))
+    engine.add(GenerationRequest("again", prompts[1], SamplingParams(max_tokens=30, temperature=0, prompt_logprobs=0)))
+    found = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.prompt_logprobs is not None:
+                assert output.request_id not in found
+                found[output.request_id] = output.prompt_logprobs
+    assert set(found) == {"again", *(str(number) for number in range(1, NUM_PROMPTS, 2))}
+    for name, logprobs in found.items():
+        prompt = prompts[1 if name == "again" else int(name)]
+        with torch.no_grad():
+            reference = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert logprobs[0] is None and len(logprobs) == len(prompt)
+        for position, token in enumerate(logprobs[1:], 1):
+            assert token.token_id == prompt[position]
+            assert token.logprob == pytest.approx(reference[position - 1, prompt[position]].item(), abs=1e-3)
+            best = reference[position - 1].topk(len(token.top))
+            assert [token_id for token_id, _ in token.top] == best.indices.tolist()
+
+
 def test_level_0_is_bit_identical_to_an_engine_without_united_experts(checkpoint: Path, prompts: Prompts) -> None:
     """Not only the tokens: every logit that either engine computes."""
     logits = []

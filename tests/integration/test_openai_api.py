@@ -249,7 +249,7 @@ REFUSALS: list[tuple[str, Any, int, str | None]] = [
     ("completions", {**COMPLETION, "temperature": "hot"}, 400, "temperature"),
     ("completions", b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
     ("completions", {**COMPLETION, "top_p": 0}, 400, "top_p"),
-    ("completions", {**COMPLETION, "top_k": 0}, 400, "top_k"),
+    ("completions", {**COMPLETION, "top_k": -2}, 400, "top_k"),
     ("completions", {**COMPLETION, "n": 0}, 400, "n"),
     ("completions", {**COMPLETION, "n": 10_000}, 400, "n"),
     ("completions", {**COMPLETION, "stop": 5}, 400, "stop"),

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from engine.request_state import RequestState
 from engine.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +20,7 @@ def tokenizer() -> Tokenizer:
 def make_state(tokenizer: Tokenizer, num_prompt: int = 3, **options: Any) -> RequestState:
     sampling = SamplingParams(**({"max_tokens": 20} | options))
     request = GenerationRequest("a", tuple(range(num_prompt)), sampling)
-    return RequestState(request, tokenizer, 0.0, 4096, torch.device("cpu"))
+    return RequestState(request, tokenizer, 0.0, 4096)
 
 
 def feed(state: RequestState, token_ids: list[int], now_s: float = 1.0) -> list[RequestOutput]:

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from engine.logits import edit_
 from engine.sampling import SamplingState, _truncate, sample
 from engine.types import InvalidRequestError, SamplingParams
 
@@ -14,9 +15,7 @@ VOCAB = 50
 
 
 def make_state(prompt_ids=(), stop_ids=(), vocab_size=VOCAB, fallback_seed=0, **params) -> SamplingState:
-    return SamplingState(
-        SamplingParams(**params), tuple(prompt_ids), vocab_size, frozenset(stop_ids), "cpu", fallback_seed
-    )
+    return SamplingState(SamplingParams(**params), tuple(prompt_ids), vocab_size, frozenset(stop_ids), fallback_seed)
 
 
 def random_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB) -> torch.Tensor:
@@ -88,9 +87,9 @@ def test_bias_and_penalties_match_the_reference(seed):
         state.append(token_id)
     logits = random_logits(1, seed)
     expected = reference_adjusted(logits[0].tolist(), state.params, prompt, output)
-    adjusted = logits[0].clone()
-    state.adjust_(adjusted)
-    torch.testing.assert_close(adjusted, torch.tensor(expected))
+    adjusted = logits.clone()
+    edit_(adjusted, [state.edits(0)])
+    torch.testing.assert_close(adjusted[0], torch.tensor(expected))
     assert sample(logits, [state]).token_ids == [max(range(VOCAB), key=lambda t: expected[t])]
 
 
@@ -162,8 +161,36 @@ def test_equal_logits_at_the_top_k_edge_keep_exactly_k():
 
 
 def test_rounding_drops_no_token_of_a_row_without_top_p():
-    kept = _truncate(torch.tensor([[-30.0, 0.0, -40.0]]), [SamplingParams(top_k=2)])
-    assert kept.tolist() == [[-30.0, 0.0, -math.inf]]  # softmax(-30) vanishes beside 1 in float32
+    ranked = torch.tensor([[1.0, 1e-13, 1e-17]])  # 1 + 1e-13 is 1 in float32
+    kept, complete = _truncate(ranked, ranked.sum(-1, keepdim=True), [SamplingParams(top_k=2)], 3)
+    assert torch.equal(kept, torch.tensor([[1.0, 1e-13, 0.0]]))
+    assert complete.all()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 300}, {"top_k": 6000, "top_p": 0.7}, {"min_p": 0.4}])
+def test_a_large_vocabulary_is_truncated_as_if_all_of_it_were_ranked(spread, options):
+    """Flat rows need more candidates than the prefilter ranks first, peaked ones do not."""
+    vocab_size = 9000
+    row = random_logits(1, seed=3, vocab_size=vocab_size) * spread
+    expected = reference_support(row[0].tolist(), SamplingParams(**options))
+    states = [make_state(vocab_size=vocab_size, seed=seed, **options) for seed in range(400)]
+    drawn = sample(row.expand(400, -1), states).token_ids
+    least = min(expected.values())
+    outside = [t for t in drawn if t not in expected]
+    assert all(abs(math.exp((row[0, t] - row[0].max()).item()) - least) < 1e-3 for t in outside)
+    assert len(outside) <= 4  # at the edge float32 sums may differ from Python's
+    likely = sorted(expected, key=expected.get)[-len(expected) // 2 :]
+    share, count = sum(expected[t] for t in likely), sum(t in set(likely) for t in drawn)
+    assert abs(count - 400 * share) < 4 * math.sqrt(400 * share * (1 - share)) + 1
+
+
+def test_each_row_of_a_mixed_batch_is_drawn_from_its_own_set():
+    logits = random_logits(6, seed=4, vocab_size=5000)
+    options = [{"temperature": 0}, {"top_k": 1}, {}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 2, "min_p": 1.0}]
+    states = [make_state(vocab_size=5000, seed=i, **given) for i, given in enumerate(options)]
+    chosen, best = sample(logits, states).token_ids, logits.argmax(-1).tolist()
+    assert [chosen[i] for i in (0, 1, 3, 4, 5)] == [best[i] for i in (0, 1, 3, 4, 5)]
 
 
 def test_a_tiny_temperature_is_greedy():

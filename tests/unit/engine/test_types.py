@@ -26,7 +26,7 @@ NAN = float("nan")
         ("min_tokens", [-1, 17]),
         ("temperature", [-0.1, 2.1, NAN]),
         ("top_p", [0.0, 1.1, NAN]),
-        ("top_k", [0, -2]),
+        ("top_k", [-2]),
         ("min_p", [-0.1, 1.1, NAN]),
         ("repetition_penalty", [0.0, 2.1, NAN]),
         ("presence_penalty", [-2.1, 2.1, NAN]),

@@ -315,6 +315,29 @@ def test_the_longest_possible_request_is_served() -> None:
     assert harness.finished == ["a"]
 
 
+def test_the_least_priority_value_is_admitted_first_and_preempted_last() -> None:
+    harness = Harness(max_num_seqs=1)
+    for name, priority in (("low", 5), ("first", 0), ("urgent", -1), ("second", 0)):
+        request = GenerationRequest(name, (1, 2), SamplingParams(max_tokens=2), priority=priority)
+        harness.scheduler.add(Sequence(request, harness.now_s))
+    harness.run()
+    assert harness.admitted == ["urgent", "first", "second", "low"]
+    running = [Sequence(GenerationRequest(n, (1,), priority=p), t) for n, p, t in (("a", 1, 0.0), ("b", 0, 1.0))]
+    assert choose_victim(running).request_id == "a"
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole() -> None:
+    harness = Harness()
+    prompt = tuple(range(20))
+    harness.add("warm", prompt)
+    harness.run()
+    asks = Sequence(GenerationRequest("asks", prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)), harness.now_s)
+    harness.scheduler.add(asks)
+    cached = harness.add("cached", prompt)
+    harness.run()
+    assert (asks.num_cached, cached.num_cached) == (0, 16)
+
+
 def test_a_full_queue_is_busy() -> None:
     harness = Harness()
     for index in range(8):

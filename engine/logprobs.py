@@ -1,0 +1,69 @@
+"""Log-probabilities for the answer: of chosen tokens and of a prompt's own, always from the model's raw logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from engine.types import TokenLogprob
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprob]:
+    """Of each row of ``logits`` [N, V], the log-probability of ``token_ids`` [N] and of the ``num_top`` likeliest."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0].tolist()
+    top = logprobs.topk(min(max(num_top), logits.shape[-1]), dim=-1)
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(ids[:k], values[:k], strict=True)))
+        for token_id, logprob, ids, values, k in zip(
+            token_ids.tolist(), chosen, top.indices.tolist(), top.values.tolist(), num_top, strict=True
+        )
+    ]
+
+
+class PromptLogprobs:
+    """Collects a prompt's log-probabilities chunk by chunk; a chunk computed again replaces itself.
+
+    The first token has none: nothing precedes it.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], num_top: int) -> None:
+        self._prompt_ids = prompt_ids
+        self._num_top = num_top
+        self._found: dict[int, TokenLogprob] = {}  # position |-> logprob of the prompt's token there
+
+    def take(self, logits: Tensor, start: int) -> None:
+        """``logits`` [rows, V] of the tokens at the positions from ``start`` on, those past the prompt included."""
+        wanted = self._prompt_ids[start + 1 : start + 1 + len(logits)]
+        if wanted:
+            token_ids = logits.new_tensor(wanted).long()
+            found = token_logprobs(logits[: len(wanted)], token_ids, [self._num_top] * len(wanted))
+            self._found.update(enumerate(found, start + 1))
+
+    def result(self) -> tuple[TokenLogprob | None, ...]:
+        """One for each token of the prompt, the first None."""
+        return (None, *(self._found[position] for position in range(1, len(self._prompt_ids))))
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """One sequence's consecutive rows among a step's logits: all of its chunk, only the last, or none."""
+
+    num_rows: int
+    start: int  # position of the first row's token
+    samples: bool  # from the last row
+    collector: PromptLogprobs | None = None
+
+
+def take_prompt_rows(logits: Tensor, sequences: Sequence[LogitRows]) -> Tensor:
+    """Give the collectors their rows of ``logits`` [rows, V]; returns the rows to sample from [N, V]."""
+    if all(rows.collector is None for rows in sequences):
+        return logits
+    ends = list(accumulate(rows.num_rows for rows in sequences))
+    for rows, end in zip(sequences, ends, strict=True):
+        if rows.collector is not None:
+            rows.collector.take(logits[end - rows.num_rows : end], rows.start)
+    return logits[[end - 1 for rows, end in zip(sequences, ends, strict=True) if rows.samples]]
