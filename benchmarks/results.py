@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,21 @@ def write_result(path: Path, figures: dict[str, Any]) -> None:
     """Writes ``figures`` and the environment as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**figures, **environment.describe()}, indent=2, allow_nan=False) + "\n")
+
+
+def update_result(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes ``figures`` into a file that several benchmarks fill, each with its own command; mappings are merged."""
+    old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    described = environment.describe()
+    commands = sorted({*old.get("commands", ()), described.pop("command")})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**_merge(old, figures), **described, "commands": commands}
+    path.write_text(json.dumps(merged, indent=2, allow_nan=False) + "\n")
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(old[key], dict)}
+    return {**old, **new, **both}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

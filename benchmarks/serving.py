@@ -1,0 +1,199 @@
+"""What the serving path itself can carry: HTTP, ingress, router, channel, engine and back, with a real but tiny model.
+
+Three measurements on one machine, saved in results/serving.json:
+
+1. tokens per second with 64 streams, closed loop, into an engine of this process and then through the whole path;
+2. time to first token at half of the path's rate, the same arrivals both ways; what the path adds is the difference of
+   the percentiles;
+3. every token of over a thousand concurrent streams against what the engine of this process gives.
+
+benchmarks.routing and benchmarks.soak add their parts to the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.loadgen.client import CompletionClient
+from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
+from benchmarks.loadgen.in_process import EngineClient
+from benchmarks.loadgen.open_loop import run_open_loop
+from benchmarks.loadgen.record import Send
+from benchmarks.loadgen.sse import SseParser
+from benchmarks.report import nearest_rank
+from benchmarks.results import RESULTS, markdown_table, update_result
+from benchmarks.tiny import MODEL, tiny_serve_file
+from benchmarks.workloads.arrivals import RatePhase, draw_times
+from benchmarks.workloads.lengths import LengthRange
+from benchmarks.workloads.workload import Arrival, endless, synthesize
+from cluster.local import LocalCluster
+from cluster.processes import free_ports
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.types import GenerationRequest, SamplingParams
+
+NUM_STREAMS = 64
+PROMPT_TOKENS = LengthRange(16, 64)
+OUTPUT_TOKENS = LengthRange(192, 320)
+NUM_INTEGRITY_STREAMS = 1024
+NUM_INTEGRITY_TOKENS = 32
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    seed: int
+    measure_s: float
+    vocab_size: int
+
+    def loop_spec(self) -> ClosedLoop:
+        return ClosedLoop(NUM_STREAMS, ramp_s=4.0, measure_s=self.measure_s)
+
+    def requests(self) -> list[Arrival]:
+        """For the integrity check: each prompt its own."""
+        source = endless(PROMPT_TOKENS, LengthRange(NUM_INTEGRITY_TOKENS, NUM_INTEGRITY_TOKENS), self.vocab_size, 1)
+        return list(islice(source, NUM_INTEGRITY_STREAMS))
+
+    def arrivals(self, tok_s: float) -> tuple[Arrival, ...]:
+        """Poisson arrivals that ask for ``tok_s`` tokens per second on average."""
+        times_s = draw_times([RatePhase(self.measure_s, tok_s / OUTPUT_TOKENS.mean)], self.seed)
+        workload = synthesize(times_s, self.measure_s, PROMPT_TOKENS, OUTPUT_TOKENS, self.vocab_size, self.seed)
+        return workload.arrivals
+
+
+async def measure_rate(send: Send, plan: Plan) -> float:
+    """Completion tokens per second with 64 streams."""
+    requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, plan.vocab_size, plan.seed)
+    spec = plan.loop_spec()
+    return throughput(await run_closed_loop(send, requests, spec), spec).tok_s
+
+
+async def measure_ttft_s(send: Send, plan: Plan, tok_s: float) -> list[float]:
+    records = await run_open_loop(send, plan.arrivals(tok_s))
+    failed = [record for record in records if not record.completed]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(records)} requests failed, the first with: {failed[0].error}")
+    return [record.ttft_s for record in records]
+
+
+async def engine_texts(engine: AsyncEngine, arrivals: Sequence[Arrival]) -> list[str]:
+    """What the engine of this process says to each prompt, all at once."""
+
+    async def text_of(number: int, arrival: Arrival) -> str:
+        sampling = SamplingParams(max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True)
+        request = GenerationRequest(f"text-{number}", arrival.prompt_ids, sampling)
+        return "".join([output.text async for output in engine.generate(request)])
+
+    return await asyncio.gather(*(text_of(number, arrival) for number, arrival in enumerate(arrivals)))
+
+
+async def http_texts(url: str, arrivals: Sequence[Arrival]) -> list[str]:
+    """The same through the whole path, all at once."""
+
+    async def text_of(session: aiohttp.ClientSession, arrival: Arrival) -> str:
+        body = {
+            "model": MODEL,
+            "prompt": arrival.prompt_ids,
+            "max_tokens": arrival.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        parser, texts = SseParser(), []
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for chunk in response.content.iter_any():
+                events = [json.loads(data) for data in parser.feed(chunk) if data != b"[DONE]"]
+                texts += [choice["text"] for event in events for choice in event["choices"]]
+        return "".join(texts)
+
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        return await asyncio.gather(*(text_of(session, arrival) for arrival in arrivals))
+
+
+@dataclass(frozen=True, slots=True)
+class PathFigures:
+    """One way to the engine."""
+
+    streams64_tok_s: float
+    ttft_ms: dict[str, float]
+
+    @staticmethod
+    def of(tok_s: float, ttfts_s: Sequence[float]) -> PathFigures:
+        return PathFigures(tok_s, {f"p{q}": 1e3 * nearest_rank(ttfts_s, q) for q in (50, 90, 99)})
+
+
+async def measure(cluster: LocalCluster, config: EngineConfig, plan: Plan, name: str) -> dict[str, Any]:
+    """The figures of the path that ``cluster`` serves with, next to the engine's alone."""
+    async with CompletionClient(cluster.url, MODEL, TIMEOUT_S) as client:
+        path_tok_s = await measure_rate(client.send, plan)
+        half_load_tok_s = path_tok_s / 2
+        path = PathFigures.of(path_tok_s, await measure_ttft_s(client.send, plan, half_load_tok_s))
+        texts = await http_texts(cluster.url, plan.requests())
+    engine = await AsyncEngine.start(config)
+    try:
+        send = EngineClient(engine).send
+        await measure_ttft_s(send, replace(plan, measure_s=2.0), half_load_tok_s)  # the first steps are slow
+        alone = PathFigures.of(await measure_rate(send, plan), await measure_ttft_s(send, plan, half_load_tok_s))
+        expected = await engine_texts(engine, plan.requests())
+    finally:
+        await engine.stop()
+    return {
+        "streams64_tok_s": path_tok_s,
+        "added_ttft_ms": {q: path.ttft_ms[q] - alone.ttft_ms[q] for q in path.ttft_ms},
+        "half_load_tok_s": half_load_tok_s,
+        "ttft_ms": path.ttft_ms,
+        "engine_alone": asdict(alone),
+        "integrity": {
+            "streams": len(texts),
+            "wrong": sum(text != right for text, right in zip(texts, expected, strict=True)),
+        },
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--path", default="channel", help="under which name the figures are saved")
+    parser.add_argument("--measure-s", type=float, default=20.0, help="seconds of each measurement")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        serve_file = tiny_serve_file(Path(directory))
+        with LocalCluster.start(serve_file, port=free_ports(1)[0]) as cluster:
+            plan = Plan(arguments.seed, arguments.measure_s, cluster.model_info().vocab_size)
+            figures = asyncio.run(measure(cluster, serve_file.config.engine_config(), plan, arguments.path))
+    update_result(arguments.out, {"paths": {arguments.path: figures}})
+    rows = [
+        ("engine alone", f"{figures['engine_alone']['streams64_tok_s']:.0f}", *_cells(figures["engine_alone"])),
+        (arguments.path, f"{figures['streams64_tok_s']:.0f}", *_cells(figures)),
+    ]
+    print(markdown_table(("path", "tokens/s with 64 streams", "TTFT p50 (ms)", "p90", "p99"), rows))
+    added, integrity = figures["added_ttft_ms"], figures["integrity"]
+    print(f"Added TTFT at half load: p50 {added['p50']:.1f} ms, p99 {added['p99']:.1f} ms.")
+    print(f"{integrity['wrong']} of {integrity['streams']} streams differ from the engine's own tokens.")
+    return 1 if integrity["wrong"] else 0
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    return [f"{figures['ttft_ms'][q]:.1f}" for q in ("p50", "p90", "p99")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
