@@ -1,11 +1,14 @@
-"""Coalesces what a stream gains over several steps, so that fast steps do not cost one message each. Pure.
+"""Coalesces what streams gain over several steps, so that fast steps do not cost one message each. Pure.
 
-The first token and the last output leave at once; in between a stream sends at most every ``interval_s``.
+A stream's first token and its last output leave at once; all else waits for a common tick, at most ``interval_s``, so
+that what leaves together can travel and be handled together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from engine.types import RequestOutput
 
@@ -13,34 +16,39 @@ from engine.types import RequestOutput
 class Outbox:
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._pending: dict[str, RequestOutput] = {}
-        self._sent_s: dict[str, float] = {}  # request_id |-> when it last sent something
+        self._pending: dict[str, list[RequestOutput]] = {}
+        self._begun: set[str] = set()  # requests that have sent something and are not finished
+        self._ticked_s = float("-inf")
 
     def collect(self, outputs: list[RequestOutput], now_s: float) -> list[RequestOutput]:
         """Take in a step's outputs; returns what is to be sent now."""
+        due = []
         for output in outputs:
-            earlier = self._pending.get(output.request_id)
-            self._pending[output.request_id] = merge(earlier, output) if earlier else output
-        due = [output for output in self._pending.values() if self._is_due(output, now_s)]
-        for output in due:
-            del self._pending[output.request_id]
+            request_id = output.request_id
             if output.finished:
-                self._sent_s.pop(output.request_id, None)
+                self._begun.discard(request_id)
+                due.append(merge([*self._pending.pop(request_id, ()), output]))
+            elif request_id in self._begun:
+                self._pending.setdefault(request_id, []).append(output)
             else:
-                self._sent_s[output.request_id] = now_s
+                self._begun.add(request_id)
+                due.append(output)
+        if now_s - self._ticked_s >= self._interval_s:
+            self._ticked_s = now_s
+            due += [merge(gained) for gained in self._pending.values()]
+            self._pending.clear()
         return due
 
-    def _is_due(self, output: RequestOutput, now_s: float) -> bool:
-        sent_s = self._sent_s.get(output.request_id)
-        return sent_s is None or output.finished or now_s - sent_s >= self._interval_s
 
-
-def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """One output that says what both say, in order."""
+def merge(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """One output of a request that says what all of them say, in order."""
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
     return replace(
-        later,
-        token_ids=earlier.token_ids + later.token_ids,
-        text=earlier.text + later.text,
-        logprobs=(earlier.logprobs or ()) + (later.logprobs or ()) or None,
-        prompt_logprobs=earlier.prompt_logprobs,
+        last,
+        token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+        text="".join([output.text for output in outputs]),
+        logprobs=tuple(chain.from_iterable(output.logprobs or () for output in outputs)) or None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -28,6 +30,7 @@ class Ingress:
             config=config.ingress,
             ingress_id=context.replica_id.unique_id,
         )
+        gc.freeze()  # a collection that walks over all imported code would hold up every stream
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service)
