@@ -92,11 +92,9 @@ class StepRows:
 
     @property
     def logit_rows(self) -> Array:
-        firsts = np.cumsum(self.counts) - self.num_logits
-        offsets = np.arange(self.num_logits.sum()) - np.repeat(
-            np.cumsum(self.num_logits) - self.num_logits, self.num_logits
-        )
-        return np.repeat(firsts, self.num_logits) + offsets
+        row_ends, logit_ends = np.cumsum(self.counts), np.cumsum(self.num_logits)
+        rows: Array = np.arange(self.num_logits.sum()) + np.repeat(row_ends - logit_ends, self.num_logits)
+        return rows
 
     def positions_and_slots(self, block_size: int) -> tuple[Array, Array]:
         """[T] each: position in its sequence, and block * block_size + offset."""
