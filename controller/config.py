@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from controller.guard import GuardParams
 from controller.laws.base import LAWS, LawError, create_law
+from controller.planner import PlannerParams
+from controller.quality import QualityBudget
 from controller.types import Slo
 
 
@@ -18,6 +21,33 @@ class ConfigError(ValueError):
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
     if not holds:
         raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSecurity:
+    """TLS and a shared token for the control streams; paths are read on the node that uses them. Empty: without.
+
+    The certificate must name the controller's address, or ``server_name``, which replicas then expect instead of it.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    ca_file: str = ""  # whom replicas trust
+    server_name: str = ""
+    token_file: str = ""  # the token is the file's text without surrounding space
+
+    def __post_init__(self) -> None:
+        given = [bool(path) for path in (self.cert_file, self.key_file, self.ca_file)]
+        require(
+            all(given) or not any(given),
+            "controller.security",
+            f"cert_file {self.cert_file!r}, key_file {self.key_file!r}, ca_file {self.ca_file!r}",
+            "all three or none",
+        )
+
+    @property
+    def has_tls(self) -> bool:
+        return bool(self.cert_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +69,18 @@ class ControllerConfig:
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=1.0, tpot_s=0.1))
     slo_by_model: Mapping[str, Slo] = field(default_factory=dict)  # overrides ``slo``
     allow_unmeasured: bool = False  # dim ladders whose quality losses are not known
+    quality: Mapping[str, QualityBudget] = field(default_factory=dict)  # by service class; others have no limit
+    hold_s: float = 10.0  # without a reported step, laws' floors end after so long
+    slew_levels: int = 2  # that a law may force levels to move within a tick
+    planner: PlannerParams | None = None  # None: the number of replicas is not planned
+    security: StreamSecurity = field(default_factory=StreamSecurity)
     host: str = "127.0.0.1"  # what the gRPC server binds; never a public or wildcard address
     port: int = 0  # 0: a free one
     key_prefix: str = "brownoutserve"  # of all Redis keys; one per cluster that shares a Redis
 
     def __post_init__(self) -> None:
         require(self.law in LAWS, "controller.law", self.law, ", ".join(LAWS))
-        for name in ("tick_s", "lease_s", "window_s", "stale_s"):
+        for name in ("tick_s", "lease_s", "window_s", "stale_s", "hold_s"):
             require(getattr(self, name) > 0, f"controller.{name}", getattr(self, name), "a positive number of seconds")
         require(
             self.lease_s > 3 * self.tick_s,
@@ -53,6 +88,7 @@ class ControllerConfig:
             self.lease_s,
             f"more than three ticks ({3 * self.tick_s:g} s), or it would end before it is renewed",
         )
+        require(self.slew_levels >= 1, "controller.slew_levels", self.slew_levels, "1 or more levels")
         for model_id, slo in (("", self.slo), *self.slo_by_model.items()):
             key = f"controller.slo_by_model[{model_id!r}]" if model_id else "controller.slo"
             is_finite = math.isfinite(slo.ttft_s) and math.isfinite(slo.tpot_s)
@@ -73,6 +109,10 @@ class ControllerConfig:
     @property
     def params(self) -> Mapping[str, float]:
         return {"level": self.level} if self.law == "static" else self.law_params
+
+    @property
+    def guard(self) -> GuardParams:
+        return GuardParams(self.allow_unmeasured, self.quality, self.hold_s, self.slew_levels, self.tick_s)
 
     def slo_of(self, model_id: str) -> Slo:
         return self.slo_by_model.get(model_id, self.slo)

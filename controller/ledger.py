@@ -1,4 +1,11 @@
-"""The append-only record of decisions: what was decided, by which law, why, and on what evidence.
+"""The append-only record of decisions: who decided what, why, and on what evidence.
+
+| kind     | by                              | what                                                            |
+|----------|---------------------------------|-----------------------------------------------------------------|
+| setting  | a law, or the guard over it     | a new setting for the replicas                                  |
+| policy   | the operator                    | which law is in force                                           |
+| plan     | the planner                     | how many replicas there should be                               |
+| epoch    | the controller                  | a life of the controller began                                  |
 
 Rows live in a ring in memory and, through settings.py, in a capped Redis stream; both forget the oldest first. Rows
 that Redis has not got yet wait in the ring, so a Redis that is away costs nothing but the rows that fell out meanwhile.
@@ -12,13 +19,17 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from controller.types import Observation, Setting
+from controller.planner import FleetObservation, PlanDecision
+from controller.types import Observation, Reason, Setting
 
 CAPACITY = 4096
+GUARD_REASONS = (Reason.UNMEASURED_LADDER, Reason.QUALITY_BUDGET, Reason.HOLD_ENDED)
+ORDER_REASONS = (Reason.PINNED, Reason.BROWNOUT_OFF)
+NOT_EVIDENCE = ("spent", "observed_s", "level_loss")  # of an Observation: kept elsewhere, or the same in every row
 
 
 class DecisionLedger:
-    """Newest decisions of all models, as JSON-able rows."""
+    """Newest decisions of all models, as JSON-able rows. Times are Unix times by the controller's clock."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
@@ -28,19 +39,61 @@ class DecisionLedger:
     def append(self, setting: Setting, observation: Observation, time_s: float) -> dict[str, Any]:
         """Record ``setting``, taken on ``observation`` at Unix time ``time_s``."""
         decision = setting.decision
-        row = {
-            "time_s": round(time_s, 3),
-            "model_id": setting.model_id,
-            "epoch": setting.epoch,
-            "version": setting.version,
-            "law": decision.law,
-            "reason": decision.reason,
-            "inputs": _summary(observation),
-            "decision": {"prefill": asdict(decision.prefill), "decode": asdict(decision.decode)},
-        }
-        self._rows.append(row)
-        self._num_unsaved = min(self._num_unsaved + 1, self.capacity)
-        return row
+        return self._add(
+            {
+                "kind": "setting",
+                "by": _author(decision.law, decision.reason),
+                "time_s": round(time_s, 3),
+                "model_id": setting.model_id,
+                "epoch": setting.epoch,
+                "version": setting.version,
+                "law": decision.law,
+                "reason": decision.reason,
+                "inputs": _summary(observation),
+                "decision": {"prefill": asdict(decision.prefill), "decode": asdict(decision.decode)},
+            }
+        )
+
+    def append_policy(self, model_id: str, action: str, policy: dict[str, Any], time_s: float) -> dict[str, Any]:
+        """Record what an operator did; ``model_id`` "*" means all models."""
+        return self._add(
+            {
+                "kind": "policy",
+                "by": "operator",
+                "time_s": round(time_s, 3),
+                "model_id": model_id,
+                "reason": action,
+                "decision": policy,
+            }
+        )
+
+    def append_plan(self, model_id: str, plan: PlanDecision, fleet: FleetObservation, time_s: float) -> dict[str, Any]:
+        """Record a new wish for replicas."""
+        return self._add(
+            {
+                "kind": "plan",
+                "by": "planner",
+                "time_s": round(time_s, 3),
+                "model_id": model_id,
+                "reason": plan.reason,
+                "inputs": _known(asdict(fleet)),
+                "decision": _known(asdict(plan)),
+            }
+        )
+
+    def append_epoch(self, epoch: int, address: str, time_s: float) -> dict[str, Any]:
+        """Record that a life of the controller began."""
+        return self._add(
+            {
+                "kind": "epoch",
+                "by": "controller",
+                "time_s": round(time_s, 3),
+                "model_id": "*",
+                "epoch": epoch,
+                "reason": "started",
+                "decision": {"address": address},
+            }
+        )
 
     def recent(self, limit: int, model_id: str | None = None) -> list[dict[str, Any]]:
         """At most ``limit`` rows, newest first."""
@@ -62,15 +115,31 @@ class DecisionLedger:
         self._rows.extend(row for row in map(_parsed, saved) if row is not None)
         self._rows.extend(ours)
 
+    def _add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._rows.append(row)
+        self._num_unsaved = min(self._num_unsaved + 1, self.capacity)
+        return row
+
+
+def _author(law: str, reason: Reason) -> str:
+    if reason in GUARD_REASONS:
+        return "guard"
+    return "operator" if reason in ORDER_REASONS else f"law {law}"
+
 
 def _summary(observation: Observation) -> dict[str, Any]:
     """What the law looked at, without what was unknown."""
-    return {name: _rounded(value) for name, value in asdict(observation).items() if value is not None}
+    return _known({name: value for name, value in asdict(observation).items() if name not in NOT_EVIDENCE})
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON-able, without what is unknown or endless."""
+    return {name: _rounded(value) for name, value in values.items() if value is not None and value != float("inf")}
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items() if inner is not None}
+        return _known(value)
     return round(value, 6) if isinstance(value, float) else value
 
 
@@ -79,4 +148,4 @@ def _parsed(text: str) -> dict[str, Any] | None:
         row = json.loads(text)
     except json.JSONDecodeError:
         return None
-    return row if isinstance(row, dict) and "model_id" in row else None
+    return {"kind": "setting", **row} if isinstance(row, dict) and "model_id" in row else None

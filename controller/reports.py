@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from controller.sketch import QuantileSketch
-from controller.types import Phase
+from controller.types import Phase, Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,19 @@ class Hello:
     applied_epoch: int = 0
     applied_version: int = 0
     level_loss: tuple[float, ...] = ()
+    applied: Setting | None = None
+    start_s: float = 0.0  # from its process's start until it could serve; 0: not known
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    full_step_time_s: tuple[float, ...] = ()  # profiled at each level, with a full decode batch
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeWindow:
+    """Steps of one size class."""
+
+    num_steps: int = 0
+    step_time_s: float = 0.0  # sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +44,7 @@ class PhaseWindow:
     level_tokens: int = 0  # sum over tokens of the level they ran at
     level_peak: int = 0
     step_time_s: QuantileSketch = field(default_factory=QuantileSketch)
-
-    @staticmethod
-    def merged(windows: Iterable[PhaseWindow]) -> PhaseWindow:
-        windows = tuple(windows)
-        return PhaseWindow(
-            num_steps=sum(w.num_steps for w in windows),
-            num_tokens=sum(w.num_tokens for w in windows),
-            level_tokens=sum(w.level_tokens for w in windows),
-            level_peak=max((w.level_peak for w in windows), default=0),
-            step_time_s=QuantileSketch.merged(w.step_time_s for w in windows),
-        )
+    shapes: dict[int, ShapeWindow] = field(default_factory=dict)  # log2 of the step's tokens, rounded up |-> steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +58,18 @@ class ClassWindow:
     queue_wait_s: QuantileSketch = field(default_factory=QuantileSketch)
     ttft_s: QuantileSketch = field(default_factory=QuantileSketch)
     tpot_s: QuantileSketch = field(default_factory=QuantileSketch)
+    num_tokens: int = 0  # computed, prompt and completion
+    loss_nats: float = 0.0  # sum over these tokens of the quality loss of their level
 
-    @staticmethod
-    def merged(windows: Iterable[ClassWindow]) -> ClassWindow:
-        windows = tuple(windows)
-        return ClassWindow(
-            num_finished=sum(w.num_finished for w in windows),
-            num_failed=sum(w.num_failed for w in windows),
-            num_ttft_ok=sum(w.num_ttft_ok for w in windows),
-            num_tpot_ok=sum(w.num_tpot_ok for w in windows),
-            queue_wait_s=QuantileSketch.merged(w.queue_wait_s for w in windows),
-            ttft_s=QuantileSketch.merged(w.ttft_s for w in windows),
-            tpot_s=QuantileSketch.merged(w.tpot_s for w in windows),
-        )
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """Where the pairs of one layer went: see telemetry.proto."""
+
+    layer: int
+    active_experts: float
+    balance_index: float
+    hot: tuple[tuple[int, float], ...] = ()  # (expert, share of the layer's pairs), busiest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +98,5 @@ class StepWindow:
     lease_expired: bool = False
     trim: float = 1.0
     predicted_step_time_s: tuple[float, ...] = ()
+    measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
+    layers: tuple[LayerLoad, ...] = ()

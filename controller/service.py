@@ -2,6 +2,9 @@
 
 The tick loop never waits for Redis or for a replica: settings go to each stream's mailbox, state to the saver's next
 save. Without Redis everything goes on in memory and is written when it is back.
+
+Of two controllers on one Redis the newer one controls: the older finds its epoch outdated when it next saves, or when a
+replica that has followed the newer one comes back to it, and stands down.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ import grpc
 from redis.exceptions import RedisError
 
 from controller.config import ControllerConfig
-from controller.laws.base import LawError, create_law
-from controller.ledger import DecisionLedger
-from controller.model_control import ModelControl, Policy
+from controller.model_control import ModelControl
 from controller.reports import Hello, StepWindow
+from controller.security import log_security, read_security
 from controller.settings import ALL_MODELS, SettingsStore, SupersededError
+from controller.state import ControllerState
 from controller.status import describe_model, describe_policy
-from controller.streams import SERVER_OPTIONS, ReplicaStream, StreamServicer
+from controller.streams import SERVER_OPTIONS, JoinRefusedError, ReplicaStream, StreamServicer
 from protos import control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -38,36 +41,46 @@ class ControllerService:
     def __init__(self, config: ControllerConfig, redis_url: str) -> None:
         self._config = config
         self._store = SettingsStore(redis_url, config.key_prefix)
-        self._ledger = DecisionLedger()
-        self._policies: dict[str, Policy] = {}  # model_id or ALL_MODELS |-> what an operator set
-        self._models: dict[str, ModelControl] = {}
+        self._state = ControllerState(config)
         self._streams: dict[tuple[str, str], ReplicaStream] = {}  # (model_id, replica_id) |-> newest stream
-        self._epoch = 0
         self._restored = False
         self._redis_ok = False
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing: asyncio.Task[None] | None = None
         self.address = ""
+        self.superseded = False  # a newer controller uses our Redis keys: this one controls nothing any more
 
     async def start(self) -> str:
-        """Restore, listen, tick. Returns the ``host:port`` that replicas connect to; OSError if it cannot be bound."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(RESTORE_TIMEOUT_S):
-                await self._save_once()
+        """Restore, listen, tick. Returns the ``host:port`` that replicas connect to.
+
+        OSError if it cannot be bound, or a file of the configured security cannot be read.
+        """
+        token, credentials = read_security(self._config.security)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        control_pb2_grpc.add_ControlServicer_to_server(StreamServicer(self), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(StreamServicer(self, token), self._server)
         place = f"{self._config.host}:{self._config.port}"
         try:
-            port = self._server.add_insecure_port(place)
+            if credentials is not None:
+                port = self._server.add_secure_port(place, credentials)
+            else:
+                port = self._server.add_insecure_port(place)
         except RuntimeError as error:
             await self._server.stop(None)
             await self._store.close()
             raise OSError(f"the controller cannot listen on {place}: the port is taken or not ours to bind") from error
+        # Only now: who cannot serve must not supersede one that does.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RESTORE_TIMEOUT_S):
+                await self._save_once()
         await self._server.start()
         self.address = f"{self._config.host}:{port}"
+        self._state.ledger.append_epoch(self._state.epoch, self.address, time.time())
         self._tasks = [asyncio.create_task(self._tick_loop()), asyncio.create_task(self._save_loop())]
-        log.info("controller listens on %s, epoch %d, law %s", self.address, self._epoch, self._policy_of("").law)
+        law = self._state.policy_of("").law
+        log.info("controller listens on %s, epoch %d, law %s", self.address, self._state.epoch, law)
+        log_security(self._config.host, bool(token), credentials is not None)
         return self.address
 
     async def stop(self) -> None:
@@ -76,23 +89,22 @@ class ControllerService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        if self._server is not None:
+        if self._closing is not None:
+            await self._closing
+        elif self._server is not None:
             await self._server.stop(STOP_GRACE_S)
             await self._save_once()
         await self._store.close()
 
     async def set_policy(self, law: str, level: int | None = None, model_id: str | None = None) -> None:
-        """Put ``law`` in force, for one model or for all; "off" pins level 0. LawError if it cannot be done."""
-        policy = self._checked_policy(law, level, model_id)
-        if model_id is None:
-            self._policies = {ALL_MODELS: policy}
-        else:
-            self._policies[model_id] = policy
+        """Follow an operator's order, for one model or for all: a law's name, "static" with a level, "off", "freeze"
+        (the level that the replicas have now) or "auto" (the configured law). LawError if it cannot be done."""
+        concerned = self._state.set_policy(law, level, model_id)
+        policy = describe_policy(self._state.policy_of(model_id or ""))
+        self._state.ledger.append_policy(model_id or ALL_MODELS, law, policy, time.time())
         now_s = time.monotonic()
-        for control in self._models.values():
-            if model_id in (None, control.model_id):
-                control.set_policy(policy)
-                self._tick(control, now_s)
+        for control in concerned:
+            self._tick(control, now_s)
         self._changed.set()
 
     def status(self) -> dict[str, Any]:
@@ -100,29 +112,29 @@ class ControllerService:
         now_s = time.monotonic()
         return {
             "address": self.address,
-            "epoch": self._epoch,
+            "epoch": self._state.epoch,
+            "superseded": self.superseded,
             "redis_ok": self._redis_ok,
-            "policy": describe_policy(self._policy_of("")),
+            "policy": describe_policy(self._state.policy_of("")),
             "models": {
-                control.model_id: describe_model(control, self._replica_streams(control.model_id), now_s)
-                for control in self._models.values()
+                control.model_id: describe_model(control, self._replica_streams(control.model_id), self._config, now_s)
+                for control in self._state.models.values()
             },
         }
 
     def decisions(self, limit: int = 100, model_id: str | None = None) -> list[dict[str, Any]]:
         """The newest decisions first, those of earlier lives included."""
-        return self._ledger.recent(limit, model_id)
+        return self._state.ledger.recent(limit, model_id)
 
     # --- called by the streams -----------------------------------------------------------------------------------
 
-    def join(self, stream: ReplicaStream, hello: Hello) -> None:
+    async def join(self, stream: ReplicaStream, hello: Hello) -> None:
         """A replica said hello: it gets the current setting at once, above anything that it has already applied."""
-        control = self._models.get(hello.model_id)
-        if control is None:
-            policy = self._policy_of(hello.model_id)
-            control = self._models[hello.model_id] = ModelControl(hello.model_id, self._config, policy, self._epoch)
+        control = self._state.control_of(hello.model_id)
         if (hello.applied_epoch, hello.applied_version) > control.place:
-            self._begin_epoch(hello.applied_epoch + 1)
+            await self._rise_above(hello.applied_epoch)
+        if self.superseded:
+            raise JoinRefusedError("a newer controller is in charge")
         now_s = time.monotonic()
         self._streams[hello.model_id, hello.replica_id] = stream
         control.join(hello, now_s)
@@ -132,13 +144,36 @@ class ControllerService:
 
     def leave(self, stream: ReplicaStream, hello: Hello) -> None:
         """A stream ended; unless the replica has opened a newer one, it is gone."""
-        key = (hello.model_id, hello.replica_id)
-        if self._streams.get(key) is stream:
-            del self._streams[key]
-            self._models[hello.model_id].window.leave(hello.replica_id)
+        if self._is_newest(stream, hello.model_id, hello.replica_id):
+            del self._streams[hello.model_id, hello.replica_id]
+            self._state.models[hello.model_id].window.leave(hello.replica_id)
 
-    def offer(self, window: StepWindow) -> None:
-        self._models[window.model_id].window.offer(window, time.monotonic())
+    def offer(self, stream: ReplicaStream, window: StepWindow) -> None:
+        """What an older stream of the replica still delivers comes too late to say anything, and is no fault."""
+        if self._is_newest(stream, window.model_id, window.replica_id):
+            self._state.models[window.model_id].window.offer(window, time.monotonic())
+
+    def refuse(self, stream: ReplicaStream, hello: Hello) -> None:
+        if self._is_newest(stream, hello.model_id, hello.replica_id):
+            self._state.models[hello.model_id].window.refuse(hello.replica_id)
+
+    def _is_newest(self, stream: ReplicaStream, model_id: str, replica_id: str) -> bool:
+        return self._streams.get((model_id, replica_id)) is stream
+
+    async def _rise_above(self, epoch: int) -> None:
+        """A replica follows epoch ``epoch``, which is not older than ours: who is in charge, Redis knows."""
+        try:
+            newest = await self._store.newest_epoch()
+            if newest > self._state.epoch:
+                self._stand_down(f"epoch {newest} has been claimed, ours is {self._state.epoch}")
+            else:  # Redis has forgotten the replica's epoch, so nobody else claims it
+                self._begin_epoch(await self._store.claim_epoch(above=epoch))
+        except (RedisError, OSError) as error:
+            if self._restored:
+                raise JoinRefusedError(
+                    f"the replica follows epoch {epoch}, ours is {self._state.epoch}, and Redis cannot be asked"
+                ) from error
+            self._begin_epoch(epoch + 1)  # we have no place in the order of lives yet
 
     # --- decisions -----------------------------------------------------------------------------------------------
 
@@ -146,9 +181,10 @@ class ControllerService:
         while True:
             await asyncio.sleep(self._config.tick_s)
             now_s = time.monotonic()
-            for control in list(self._models.values()):
+            for control in list(self._state.models.values()):
                 try:
                     self._tick(control, now_s)
+                    self._plan(control, now_s)
                     self._renew_leases(control, now_s)
                 except Exception:
                     log.exception("tick of model %r failed; its replicas keep their setting", control.model_id)
@@ -157,10 +193,17 @@ class ControllerService:
         setting = control.tick(now_s)
         if setting is None:
             return
-        self._ledger.append(setting, control.observation, time.time())
+        self._state.ledger.append(setting, control.observation, time.time())
         for stream in self._replica_streams(control.model_id).values():
             stream.send(setting, now_s)
         self._changed.set()
+
+    def _plan(self, control: ModelControl, now_s: float) -> None:
+        if control.tick_plan(now_s):
+            assert control.plan is not None and control.fleet is not None
+            self._state.ledger.append_plan(control.model_id, control.plan, control.fleet, time.time())
+            log.info("%s should have %d replicas: %s", control.model_id, control.plan.desired, control.plan.reason)
+            self._changed.set()
 
     def _renew_leases(self, control: ModelControl, now_s: float) -> None:
         if control.setting is None:
@@ -172,37 +215,28 @@ class ControllerService:
                 stream.send(control.setting, now_s)
 
     def _begin_epoch(self, epoch: int) -> None:
-        self._epoch = max(self._epoch, epoch)
-        for control in self._models.values():
-            control.begin_epoch(self._epoch)
+        self._state.begin_epoch(epoch)
         self._changed.set()
 
     def _replica_streams(self, model_id: str) -> dict[str, ReplicaStream]:
         return {replica_id: stream for (model, replica_id), stream in self._streams.items() if model == model_id}
 
-    def _policy_of(self, model_id: str) -> Policy:
-        configured = Policy(self._config.law, self._config.params)
-        return self._policies.get(model_id) or self._policies.get(ALL_MODELS) or configured
-
-    def _checked_policy(self, law: str, level: int | None, model_id: str | None) -> Policy:
-        if law == "off":
-            law, level = "static", 0
-        if level is not None and law != "static":
-            raise LawError(f"level is {level!r} with law {law!r}; allowed: a level only with law 'static'")
-        params = (
-            {"level": level or 0} if law == "static" else self._config.law_params if law == self._config.law else {}
-        )
-        create_law(law, self._config.slo, params)
-        for control in self._models.values():
-            num_levels = control.observation.num_levels
-            if model_id in (None, control.model_id) and control.window.replicas and (level or 0) >= num_levels:
-                raise LawError(f"level is {level}; allowed: 0 to {num_levels - 1}, the ladder of {control.model_id!r}")
-        return Policy(law, params)
+    def _stand_down(self, why: str) -> None:
+        """Leave all replicas to the newer controller: they ask where it is as soon as their streams end."""
+        if self.superseded:
+            return
+        self.superseded = True
+        log.error("this controller stands down, a newer one is in charge: %s", why)
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if self._server is not None:
+            self._closing = asyncio.create_task(self._server.stop(STOP_GRACE_S))
 
     # --- what outlives us ----------------------------------------------------------------------------------------
 
     async def _save_loop(self) -> None:
-        while True:
+        while not self.superseded:
             with suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_INTERVAL_S):
                     await self._changed.wait()
@@ -214,33 +248,15 @@ class ControllerService:
         """Restore if that is still due, then save. Redis being away is reported once and costs nothing else."""
         try:
             if not self._restored:
-                await self._restore()
-            settings = {c.model_id: saved for c in self._models.values() if (saved := c.to_save) is not None}
-            await self._store.save(self._epoch, settings, self._policies, self._ledger)
-        except (RedisError, OSError, SupersededError) as error:
+                epoch = await self._store.claim_epoch(above=self._state.epoch)
+                saved = await self._store.load(self._state.ledger, time.monotonic())
+                self._restored = True
+                self._state.restore(saved, epoch)
+            await self._store.save(self._state.to_save(time.monotonic()), self._state.ledger)
+            self._redis_ok = True
+        except SupersededError as error:
+            self._stand_down(str(error))
+        except (RedisError, OSError) as error:
             if self._redis_ok or not self.address:
                 log.warning("controller state is not being saved: %s", error)
             self._redis_ok = False
-        else:
-            self._redis_ok = True
-
-    async def _restore(self) -> None:
-        epoch = await self._store.claim_epoch(above=self._epoch)
-        saved = await self._store.load(self._ledger)
-        self._restored = True
-        for model_id, policy in saved.policies.items():
-            try:
-                create_law(policy.law, self._config.slo, policy.params)
-            except LawError as error:
-                log.warning("dropped the saved policy of %r: %s", model_id, error)
-            else:
-                self._policies.setdefault(model_id, policy)
-        for model_id, setting in saved.settings.items():
-            control = self._models.get(model_id)
-            if control is None:
-                policy = self._policy_of(model_id)
-                control = self._models[model_id] = ModelControl(model_id, self._config, policy, epoch)
-            elif control.policy != self._policy_of(model_id):
-                control.set_policy(self._policy_of(model_id))
-            control.restore(setting)
-        self._begin_epoch(epoch)

@@ -51,17 +51,10 @@ class QuantileSketch:
     @staticmethod
     def merged(sketches: Iterable[QuantileSketch]) -> QuantileSketch:
         """One sketch of all values; SketchMismatchError if resolutions differ."""
-        counts: dict[int, int] = {}
-        zero_count, total, relative_error = 0, 0.0, None
+        whole = SketchSum()
         for sketch in sketches:
-            if relative_error not in (None, sketch.relative_error):
-                raise SketchMismatchError(f"relative errors {relative_error} and {sketch.relative_error} do not merge")
-            relative_error = sketch.relative_error
-            zero_count += sketch.zero_count
-            total += sketch.total
-            for bucket, count in sketch.counts.items():
-                counts[bucket] = counts.get(bucket, 0) + count
-        return QuantileSketch(relative_error or RELATIVE_ERROR, counts, zero_count, total)
+            whole.add(sketch)
+        return whole.value()
 
     @staticmethod
     def of(values: Iterable[float], relative_error: float = RELATIVE_ERROR) -> QuantileSketch:
@@ -75,6 +68,34 @@ class QuantileSketch:
             else:
                 counts[bucket] = counts.get(bucket, 0) + 1
         return QuantileSketch(relative_error, counts, zero_count, total)
+
+
+class SketchSum:
+    """A sketch that grows: adding to it costs what the added sketch holds, however much is in it already."""
+
+    def __init__(self) -> None:
+        self._relative_error: float | None = None
+        self._counts: dict[int, int] = {}
+        self._zero_count = 0
+        self._total = 0.0
+
+    def add(self, sketch: QuantileSketch) -> None:
+        """SketchMismatchError if its resolution is not that of the others."""
+        if sketch.num_values == 0:
+            return
+        if self._relative_error not in (None, sketch.relative_error):
+            raise SketchMismatchError(
+                f"relative errors {self._relative_error} and {sketch.relative_error} do not merge"
+            )
+        self._relative_error = sketch.relative_error
+        self._zero_count += sketch.zero_count
+        self._total += sketch.total
+        for bucket, count in sketch.counts.items():
+            self._counts[bucket] = self._counts.get(bucket, 0) + count
+
+    def value(self) -> QuantileSketch:
+        """What it holds, as a view: read it before the next `add`."""
+        return QuantileSketch(self._relative_error or RELATIVE_ERROR, self._counts, self._zero_count, self._total)
 
 
 def _bucketed(values: Iterable[float], relative_error: float) -> Iterator[tuple[float, int | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -28,14 +29,22 @@ SERVER_OPTIONS = (
 )
 
 
+class JoinRefusedError(RuntimeError):
+    """This controller must not or cannot control the replica now; it should look for another."""
+
+
 class Hub(Protocol):
     """What streams report to."""
 
-    def join(self, stream: ReplicaStream, hello: Hello) -> None: ...
+    async def join(self, stream: ReplicaStream, hello: Hello) -> None:
+        """Raises JoinRefusedError."""
 
     def leave(self, stream: ReplicaStream, hello: Hello) -> None: ...
 
-    def offer(self, window: StepWindow) -> None: ...
+    def offer(self, stream: ReplicaStream, window: StepWindow) -> None: ...
+
+    def refuse(self, stream: ReplicaStream, hello: Hello) -> None:
+        """The replica sent something that could not be true."""
 
 
 class ReplicaStream:
@@ -59,19 +68,24 @@ class ReplicaStream:
 
 
 class StreamServicer(control_pb2_grpc.ControlServicer):
-    """Serves Control.Stream: the first message is a Hello, all others are windows."""
+    """Serves Control.Stream: a Hello, then windows. ``token`` empty: none is asked for."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, token: str = "") -> None:
         self._hub = hub
+        self._authorization = f"Bearer {token}" if token else ""
 
     async def Stream(
         self,
         messages: AsyncIterator[control_pb2.ReplicaMessage],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
+        await self._authorize(context)
         hello = await self._greeted(messages, context)
         stream = ReplicaStream()
-        self._hub.join(stream, hello)
+        try:
+            await self._hub.join(stream, hello)
+        except JoinRefusedError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         sender = asyncio.create_task(_forward(stream, context))
         log.info("replica %s of %s connected", hello.replica_id, hello.model_id)
         try:
@@ -87,6 +101,15 @@ class StreamServicer(control_pb2_grpc.ControlServicer):
             sender.cancel()
             self._hub.leave(stream, hello)
             log.info("replica %s of %s left", hello.replica_id, hello.model_id)
+
+    async def _authorize(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if not self._authorization:
+            return
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        given = given if isinstance(given, bytes) else given.encode()
+        if not hmac.compare_digest(given, self._authorization.encode()):
+            log.warning("refused a stream from %s: wrong token", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the shared token is missing or wrong")
 
     async def _greeted(
         self,
@@ -107,9 +130,10 @@ class StreamServicer(control_pb2_grpc.ControlServicer):
         try:
             if message.WhichOneof("body") != "window":
                 raise WireError("only windows may follow the Hello")
-            self._hub.offer(read_window(message.window, hello))
+            self._hub.offer(stream, read_window(message.window, hello))
         except WireError as error:
             stream.num_refused += 1
+            self._hub.refuse(stream, hello)
             if stream.num_refused == 1:
                 log.warning("refused a window of replica %s: %s", hello.replica_id, error)
 

@@ -6,6 +6,7 @@ replay and the simulator run the same object. ``None`` means "unknown" or "no op
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,6 +24,8 @@ class Reason(StrEnum):
     PINNED = "pinned"  # an operator fixed the level
     BROWNOUT_OFF = "brownout_off"  # an operator switched dimming off
     UNMEASURED_LADDER = "unmeasured_ladder"  # no quality curve, no dimming
+    QUALITY_BUDGET = "quality_budget"  # a class may lose no more quality for now
+    HOLD_ENDED = "hold_ended"  # nothing was observed for so long that what was decided on it does not hold any more
     NO_DATA = "no_data"  # nothing was observed: unknown, not idle
     STALE_DATA = "stale_data"
     SLO_VIOLATED = "slo_violated"
@@ -53,13 +56,24 @@ class PhaseObservation:
 
 
 @dataclass(frozen=True, slots=True)
+class QualitySpent:
+    """Quality lost since the controller began to observe; these only grow."""
+
+    num_tokens: int = 0  # computed for the class
+    loss_nats: float = 0.0  # sum over these tokens of the loss of their level
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What is known of one model's replicas at a tick."""
 
     num_replicas: int = 0  # with a live stream
-    num_stale: int = 0  # live streams whose last window is overdue
+    num_stale: int = 0  # live streams whose last window is overdue, or not believed
+    num_quarantined: int = 0  # of these, replicas whose reports are not believed
     num_levels: int = 1  # the shortest ladder among them
     ladder_measured: bool = False
+    level_loss: tuple[float, ...] = ()  # nats at each level, the worst among the replicas; empty: not measured
+    evidence_age_s: float | None = None  # since a replica last reported a step, or the first one came; None: none has
     prefill: PhaseObservation = field(default_factory=PhaseObservation)
     decode: PhaseObservation = field(default_factory=PhaseObservation)
     num_finished: int = 0
@@ -80,6 +94,10 @@ class Observation:
     dimmed_pairs: int = 0
     level_now: float = 0.0  # mean over replicas of the decode level at the last window's end
     level_peak_now: int = 0
+    measured_per_predicted_p50: float | None = None  # step times over their predictions: the model's bias
+    measured_per_predicted_p90: float | None = None
+    spent: Mapping[str, QualitySpent] = field(default_factory=dict)  # service class |-> quality lost
+    observed_s: float = 0.0  # sum of the windows' lengths over all replicas since the controller began
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.grammar import GrammarState
 from engine.outbox import Outbox
+from engine.request_log import RequestLog
 from engine.telemetry import StepWindow, Totals
 from engine.tokenizer import Tokenizer
 from engine.types import (
@@ -136,6 +137,11 @@ class AsyncEngine:
     def totals(self) -> Totals:
         """Counters since start."""
         return self._engine.recorder.totals()
+
+    @property
+    def request_log(self) -> RequestLog:
+        """What became of the newest requests."""
+        return self._engine.request_log
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine thread has died or makes no progress."""

@@ -1,7 +1,6 @@
 """One replica's inference engine; read this file first.
 
-A step: schedule a batch, let the governor choose its brownout level, run it, hand out what it produced. On a GPU
-steps overlap: the next one is launched before the last one's tokens are known, so the card never waits for the host.
+A step: schedule a batch, let the governor choose its brownout level, run it, hand out what it produced.
 
     engine = Engine(EngineConfig(ModelConfig("path/of/a/model")))
     engine.add(GenerationRequest("a", tuple(engine.tokenizer.encode("Hello"))))
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from engine.brownout import Brownout
 from engine.config import EngineConfig
@@ -24,10 +22,11 @@ from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
 from engine.pool.slots import ModelSlot, load_slot
 from engine.profile import profile_steps
+from engine.request_log import RequestLog
 from engine.request_state import RequestState
-from engine.runner import LaunchedStep, Runner, StepResult
+from engine.runner import Runner, StepResult
 from engine.scheduler.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
-from engine.telemetry import TelemetryRecorder
+from engine.telemetry import StepRecord, TelemetryRecorder
 from engine.tokenizer import load_tokenizer
 from engine.types import (
     BrownoutSetting,
@@ -38,15 +37,10 @@ from engine.types import (
     Levels,
     ModelInfo,
     RequestOutput,
+    ServiceClass,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class _StepUnderWay:
-    batch: ScheduledBatch
-    levels: Levels
-    launched: LaunchedStep
-    setting_version: int
+EXPERT_LOAD_PERIOD_S = 0.25
 
 
 class Engine:
@@ -57,20 +51,21 @@ class Engine:
         self._clock = clock
         self.tokenizer = load_tokenizer(config.model.path)
         slot = load_slot(config)
-        self._runner: Runner | None = Runner(slot, config.scheduler.max_num_seqs)
+        self._runner: Runner | None = Runner(slot)
         blocks = BlockManager(slot.kv.num_blocks, slot.kv.block_size, config.cache.prefix_caching)
         self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
         self.recorder = TelemetryRecorder(config.slo, clock())
+        self.request_log = RequestLog()
         self._requests: dict[str, RequestState] = {}
-        self._under_way: _StepUnderWay | None = None
-        self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
-        self._held_outputs: list[RequestOutput] = []
         self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
         may_dim = slot.ladder.measured or config.brownout.allow_unmeasured
         model = profile_steps(self._runner, config, len(slot.ladder))
         self.brownout = Brownout(model, config, may_dim)
+        if slot.counter is not None:
+            slot.counter.reset_()  # the profile's steps
+        self._experts_taken_s = clock()
         self.info = ModelInfo(
             name=config.model.served_name,
             vocab_size=slot.spec.vocab_size,
@@ -81,6 +76,8 @@ class Engine:
             ladder_measured=slot.ladder.measured,
             level_names=tuple(level.name for level in slot.ladder.levels),
             level_loss=tuple(level.loss or 0.0 for level in slot.ladder.levels) if slot.ladder.measured else (),
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             step_time_s_by_level=tuple(
                 model.predict_s(level, config.scheduler.max_num_seqs) for level in range(model.num_levels)
             ),
@@ -91,8 +88,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would bring anything about."""
-        return bool(self._held_outputs) or (self._runner is not None and self.scheduler.has_work)
+        return self._runner is not None and self.scheduler.has_work
 
     def add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
         """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed.
@@ -124,7 +120,6 @@ class Engine:
         """Give up the model between two steps; requests stay, and nothing here refers to the slot any more."""
         if self._runner is None:
             raise RuntimeError("the engine has no model to leave")
-        self._held_outputs += self._finish_step()
         slot, self._runner = self._runner.slot, None
         return slot
 
@@ -132,65 +127,65 @@ class Engine:
         """Go on with a slot that this engine left."""
         if self._runner is not None:
             raise RuntimeError("the engine already has a model")
-        self._runner = Runner(slot, self.config.scheduler.max_num_seqs)
+        self._runner = Runner(slot)
 
     # The step
 
     def step(self) -> list[RequestOutput]:
-        """Run one step, or begin it and end the one before; returns what each request gained."""
-        outputs, self._held_outputs = self._held_outputs, []
+        """Run one step; returns what each request gained by it."""
         if self._runner is None:
-            return outputs
-        if self._under_way is not None and not self._may_overlap():
-            outputs += self._finish_step()
-        launched = self._launch_step(self._runner)
-        outputs += self._finish_step()
-        self._under_way = launched
-        if launched is not None and not self._may_overlap():
-            outputs += self._finish_step()
-        return outputs
-
-    def _may_overlap(self) -> bool:
-        """A request whose next token depends on more than the model's logits waits for the host to know the last."""
-        return self._overlaps and all(
-            self._requests[sequence.request_id].sampling.takes_argmax for sequence in self.scheduler.running
-        )
-
-    def _launch_step(self, runner: Runner) -> _StepUnderWay | None:
+            return []
         now_s = self._clock()
         batch = self.scheduler.schedule(now_s)
         self._num_preemptions += batch.num_preempted
         self.recorder.record_preemption(batch.num_preempted)
         if not batch:
-            return None
-        levels = self.brownout.choose(self.scheduler, batch, now_s)
-        states = [self._requests[item.sequence.request_id].sampling for item in batch]
-        launched = runner.launch(batch, self.scheduler.blocks, levels, states)
-        self.scheduler.launch(batch)
-        return _StepUnderWay(batch, levels, launched, self.brownout.setting(now_s).version)
-
-    def _finish_step(self) -> list[RequestOutput]:
-        """Wait for the step under way, if any, and hand out what it produced."""
-        step, self._under_way = self._under_way, None
-        if step is None:
             return []
-        result = step.launched.wait()
-        self.scheduler.commit(step.batch, step.levels)
-        self._record_step(step.batch, step.levels, result)
-        return self._collect(step.batch, step.levels, result, step.setting_version)
+        levels = self.brownout.choose(self.scheduler, batch, now_s)
+        sampling = {item.sequence.request_id: self._requests[item.sequence.request_id].sampling for item in batch}
+        result = self._runner.run(batch, self.scheduler.blocks, levels, sampling)
+        self.scheduler.commit(batch, levels)
+        self._record_step(batch, levels, result)
+        return self._collect(batch, levels, result, self.brownout.setting(now_s).version)
 
     def _record_step(self, batch: ScheduledBatch, levels: Levels, result: StepResult) -> None:
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
-        self.brownout.learn_step(batch, levels, result.step_time_s, self._clock())
         self.recorder.record_step(
-            batch.num_prefill_tokens,
-            batch.num_decode_tokens,
-            levels,
-            result.step_time_s,
-            batch.num_tokens * self._pairs_per_token,
-            sum(result.dimmed_pairs),
+            StepRecord(
+                prefill_tokens=batch.num_prefill_tokens,
+                decode_tokens=batch.num_decode_tokens,
+                levels=levels,
+                step_time_s=result.step_time_s,
+                predicted_s=self.brownout.predict_step_s(batch),
+                routed_pairs=batch.num_tokens * self._pairs_per_token,
+                dimmed_pairs=sum(result.dimmed_pairs),
+                spent=self._spent(batch, levels),
+            )
         )
+        self.brownout.learn_step(batch, result.step_time_s)
+        self._record_experts()
+
+    def _spent(self, batch: ScheduledBatch, levels: Levels) -> dict[ServiceClass, tuple[int, float]]:
+        """class |-> (tokens of the step, sum of their quality loss in nats)."""
+        spent: dict[ServiceClass, tuple[int, float]] = {}
+        losses = self.info.level_loss
+        for item in batch:
+            service_class, level = item.sequence.request.service_class, self._level(item, levels)
+            num_tokens, loss_nats = spent.get(service_class, (0, 0.0))
+            loss_nats += item.num_tokens * losses[level] if losses else 0.0
+            spent[service_class] = (num_tokens + item.num_tokens, loss_nats)
+        return spent
+
+    def _record_experts(self) -> None:
+        counter = self._runner.slot.counter if self._runner is not None else None
+        now_s = self._clock()
+        if counter is not None and now_s - self._experts_taken_s >= EXPERT_LOAD_PERIOD_S:
+            self._experts_taken_s = now_s
+            self.recorder.record_layers(counter.take())
+
+    def _level(self, item: ScheduledSequence, levels: Levels) -> int:
+        return 0 if item.sequence.exact else levels.of(item.phase)
 
     def _collect(
         self, batch: ScheduledBatch, levels: Levels, result: StepResult, setting_version: int
@@ -198,9 +193,7 @@ class Engine:
         now_s = self._clock()
         outputs = []
         for index, item in enumerate(batch):
-            state = self._requests.get(item.sequence.request_id)
-            if state is None or state.sequence is not item.sequence:
-                continue  # it ended while this step was under way
+            state = self._requests[item.sequence.request_id]
             self._charge(item, levels, result.dimmed_pairs[index], setting_version)
             token_id = result.token_ids[index]
             if token_id is None:
@@ -215,13 +208,15 @@ class Engine:
 
     def _charge(self, item: ScheduledSequence, levels: Levels, dimmed_pairs: int, setting_version: int) -> None:
         sequence = item.sequence
-        level = 0 if sequence.exact else levels.of(item.phase)
+        level = self._level(item, levels)
         sequence.routed_pairs += item.num_tokens * self._pairs_per_token
         sequence.dimmed_pairs += dimmed_pairs
         sequence.level_peak = max(sequence.level_peak, level)
         sequence.level_tokens += item.num_tokens * level
         sequence.computed_tokens += item.num_tokens
         sequence.setting_version = setting_version
+        if sequence.first_setting_version is None:
+            sequence.first_setting_version = setting_version
 
     def _record_first_token(self, state: RequestState, now_s: float) -> None:
         sequence = state.sequence
@@ -238,6 +233,7 @@ class Engine:
             self.brownout.learn_finish(sequence.num_generated)
             failed = reason is FinishReason.ERROR
             self.recorder.record_finish(sequence.request.service_class, state.mean_tpot_s, failed)
+        self.request_log.append(state.record(reason, self._clock(), time.time()))
         return state.final_output(reason, output)
 
     def stats(self) -> EngineStats:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from engine.detokenize import IncrementalDetokenizer
 from engine.grammar import GrammarState
+from engine.request_log import RequestRecord
 from engine.sampling import SamplingState
 from engine.scheduler.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class RequestState:
     def append(self, token_id: int, logprob: TokenLogprob | None, now_s: float, max_model_len: int) -> RequestOutput:
         """Take in a sampled token; the output's finish_reason says whether it was the last."""
         sequence, params = self.sequence, self.sequence.request.sampling
-        sequence.append(token_id)
+        sequence.token_ids.append(token_id)
         self.sampling.append(token_id)
         prompt_logprobs = self.sampling.take_prompt_logprobs()
         if sequence.first_token_s is None:
@@ -82,6 +83,30 @@ class RequestState:
             usage=self.sequence.usage(),
         )
 
+    def record(self, reason: FinishReason, now_s: float, unix_time_s: float) -> RequestRecord:
+        """What became of it, ended at ``now_s`` on the engine's clock."""
+        sequence = self.sequence
+        usage = sequence.usage()
+        return RequestRecord(
+            request_id=sequence.request_id,
+            service_class=str(sequence.request.service_class),
+            finish_reason=str(reason),
+            ended_at_s=unix_time_s,
+            duration_s=now_s - sequence.arrival_s,
+            queue_wait_s=_after(sequence.admitted_s, sequence.arrival_s),
+            ttft_s=_after(sequence.first_token_s, sequence.arrival_s),
+            tpot_s=self.mean_tpot_s,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            routed_pairs=usage.brownout.routed_pairs,
+            dimmed_pairs=usage.brownout.dimmed_pairs,
+            level_mean=usage.brownout.level_mean,
+            level_peak=usage.brownout.level_peak,
+            first_setting_version=sequence.first_setting_version or 0,
+            last_setting_version=sequence.setting_version,
+        )
+
     @property
     def mean_tpot_s(self) -> float | None:
         """Mean time per token after the first; None with fewer than two tokens."""
@@ -89,3 +114,7 @@ class RequestState:
         if sequence.first_token_s is None or sequence.last_token_s is None or sequence.num_generated < 2:
             return None
         return (sequence.last_token_s - sequence.first_token_s) / (sequence.num_generated - 1)
+
+
+def _after(at_s: float | None, start_s: float) -> float | None:
+    return None if at_s is None else at_s - start_s

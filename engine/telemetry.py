@@ -5,38 +5,26 @@ The dataclasses mirror telemetry.proto; agent.py puts them on the wire. Pure: no
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from engine.config import SloConfig
+from engine.sketch import QuantileSketch
 from engine.types import EngineStats, Levels, Phase, ServiceClass
-
-RELATIVE_ERROR = 0.01  # of every quantile; the controller merges sketches of this resolution only
-_LOG_GAMMA = math.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR))
 
 
 @dataclass(slots=True)
-class QuantileSketch:
-    """A log-bucketed histogram (DDSketch, VLDB 2019) of non-negative values, as telemetry.proto defines it."""
+class ShapeWindow:
+    """Steps of one size class."""
 
-    counts: dict[int, int] = field(default_factory=dict)  # bucket |-> number of values
-    zero_count: int = 0
-    total: float = 0.0
+    num_steps: int = 0
+    step_time_s: float = 0.0  # sum
 
-    def add(self, value: float) -> None:
-        if value > 0:
-            bucket = math.ceil(math.log(value) / _LOG_GAMMA)
-            self.counts[bucket] = self.counts.get(bucket, 0) + 1
-            self.total += value
-        else:
-            self.zero_count += 1
-
-    @property
-    def num_values(self) -> int:
-        return self.zero_count + sum(self.counts.values())
+    def add(self, step_time_s: float) -> None:
+        self.num_steps += 1
+        self.step_time_s += step_time_s
 
 
 @dataclass(slots=True)
@@ -48,13 +36,16 @@ class PhaseWindow:
     level_tokens: int = 0  # sum over tokens of the level they ran at
     level_peak: int = 0
     step_time_s: QuantileSketch = field(default_factory=QuantileSketch)
+    shapes: dict[int, ShapeWindow] = field(default_factory=dict)  # log2 of the step's tokens, rounded up |-> steps
 
-    def add(self, num_tokens: int, level: int, step_time_s: float) -> None:
+    def add(self, num_tokens: int, step_tokens: int, level: int, step_time_s: float) -> None:
+        """A step of ``step_tokens`` tokens, ``num_tokens`` of them of this phase."""
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.level_tokens += num_tokens * level
         self.level_peak = max(self.level_peak, level)
         self.step_time_s.add(step_time_s)
+        _of(self.shapes, (step_tokens - 1).bit_length(), ShapeWindow).add(step_time_s)
 
 
 @dataclass(slots=True)
@@ -68,6 +59,32 @@ class ClassWindow:
     queue_wait_s: QuantileSketch = field(default_factory=QuantileSketch)
     ttft_s: QuantileSketch = field(default_factory=QuantileSketch)
     tpot_s: QuantileSketch = field(default_factory=QuantileSketch)
+    num_tokens: int = 0  # computed, prompt and completion
+    loss_nats: float = 0.0  # sum over these tokens of the quality loss of the level they ran at
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """Where the pairs of one MoE layer went in the last few steps."""
+
+    layer: int
+    active_experts: float  # mean over steps of the experts with at least one pair
+    balance_index: float  # Jain's index over all experts: 1 all alike, 1/E all pairs on one
+    hot: tuple[tuple[int, float], ...]  # (expert, share of the layer's pairs), busiest first
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of the engine. ``predicted_s`` was made before it; ``spent``: class |-> (tokens, their loss in nats)."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    levels: Levels
+    step_time_s: float
+    predicted_s: float | None = None
+    routed_pairs: int = 0
+    dimmed_pairs: int = 0
+    spent: Mapping[ServiceClass, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,8 @@ class StepWindow:
     applied_epoch: int = 0
     trim: float = 1.0
     predicted_step_time_s: tuple[float, ...] = ()
+    measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
+    layers: tuple[LayerLoad, ...] = ()
 
 
 @dataclass(slots=True)
@@ -96,10 +115,13 @@ class Totals:
 
     num_steps: int = 0
     step_time_s: float = 0.0
+    predicted_steps: int = 0  # steps whose time had been predicted
+    prediction_error_s: float = 0.0  # sum of |measured - predicted| over them
     prefill_tokens: int = 0
     decode_tokens: int = 0
     routed_pairs: int = 0
     dimmed_pairs: int = 0
+    loss_nats: float = 0.0  # sum over computed tokens of the quality loss of their level
     num_first_tokens: int = 0
     ttft_s: float = 0.0
     queue_wait_s: float = 0.0
@@ -119,6 +141,8 @@ class _Open:
     routed_pairs: int = 0
     dimmed_pairs: int = 0
     num_preemptions: int = 0
+    measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
+    layers: tuple[LayerLoad, ...] = ()
 
 
 class TelemetryRecorder:
@@ -135,30 +159,39 @@ class TelemetryRecorder:
         self._sequence = 0
         self._totals = Totals()
 
-    def record_step(
-        self,
-        prefill_tokens: int,
-        decode_tokens: int,
-        levels: Levels,
-        step_time_s: float,
-        routed_pairs: int = 0,
-        dimmed_pairs: int = 0,
-    ) -> None:
+    def record_step(self, step: StepRecord) -> None:
         """One step of the engine. A mixed step counts in both phases, with its whole time."""
+        prefill, decode, levels = step.prefill_tokens, step.decode_tokens, step.levels
         with self._lock:
             window, totals = self._open, self._totals
-            if prefill_tokens:
-                _of(window.phases, Phase.PREFILL, PhaseWindow).add(prefill_tokens, levels.prefill, step_time_s)
-            if decode_tokens:
-                _of(window.phases, Phase.DECODE, PhaseWindow).add(decode_tokens, levels.decode, step_time_s)
-            window.routed_pairs += routed_pairs
-            window.dimmed_pairs += dimmed_pairs
+            if prefill:
+                part = _of(window.phases, Phase.PREFILL, PhaseWindow)
+                part.add(prefill, prefill + decode, levels.prefill, step.step_time_s)
+            if decode:
+                part = _of(window.phases, Phase.DECODE, PhaseWindow)
+                part.add(decode, prefill + decode, levels.decode, step.step_time_s)
+            for service_class, (num_tokens, loss_nats) in step.spent.items():
+                spent = _of(window.classes, service_class, ClassWindow)
+                spent.num_tokens += num_tokens
+                spent.loss_nats += loss_nats
+                totals.loss_nats += loss_nats
+            if step.predicted_s:
+                window.measured_per_predicted.add(step.step_time_s / step.predicted_s)
+                totals.predicted_steps += 1
+                totals.prediction_error_s += abs(step.step_time_s - step.predicted_s)
+            window.routed_pairs += step.routed_pairs
+            window.dimmed_pairs += step.dimmed_pairs
             totals.num_steps += 1
-            totals.step_time_s += step_time_s
-            totals.prefill_tokens += prefill_tokens
-            totals.decode_tokens += decode_tokens
-            totals.routed_pairs += routed_pairs
-            totals.dimmed_pairs += dimmed_pairs
+            totals.step_time_s += step.step_time_s
+            totals.prefill_tokens += prefill
+            totals.decode_tokens += decode
+            totals.routed_pairs += step.routed_pairs
+            totals.dimmed_pairs += step.dimmed_pairs
+
+    def record_layers(self, layers: tuple[LayerLoad, ...]) -> None:
+        """The newest account of where pairs go; the window keeps the last one it got."""
+        with self._lock:
+            self._open.layers = layers
 
     def record_first_token(self, service_class: ServiceClass, ttft_s: float, queue_wait_s: float) -> None:
         """A request's first token left; ``ttft_s`` includes the ``queue_wait_s`` before its first step."""
@@ -219,6 +252,8 @@ class TelemetryRecorder:
             applied_epoch=applied_epoch,
             trim=trim,
             predicted_step_time_s=predicted_step_time_s,
+            measured_per_predicted=closed.measured_per_predicted,
+            layers=closed.layers,
         )
 
     def totals(self) -> Totals:

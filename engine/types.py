@@ -283,6 +283,8 @@ class ModelInfo:
     ladder_measured: bool
     level_names: tuple[str, ...] = ("exact",)
     level_loss: tuple[float, ...] = ()  # quality loss in nats at each level; empty when not measured
+    max_num_seqs: int = 1  # sequences of one step
+    max_num_batched_tokens: int = 1  # tokens of one step
     step_time_s_by_level: tuple[float, ...] = ()  # profiled at start with a full decode batch; empty: no profile
     device: str = "cpu"
 

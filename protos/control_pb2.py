@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import telemetry_pb2 as protos_dot_telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x10\x62rownoutserve.v1\x1a\x16protos/telemetry.proto\"\xb3\x01\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x12\n\nnum_levels\x18\x04 \x01(\r\x12\x17\n\x0fladder_measured\x18\x05 \x01(\x08\x12\x15\n\rapplied_epoch\x18\x06 \x01(\x04\x12\x17\n\x0f\x61pplied_version\x18\x07 \x01(\x04\x12\x12\n\nlevel_loss\x18\x08 \x03(\x01\"r\n\x0eReplicaMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.brownoutserve.v1.HelloH\x00\x12.\n\x06window\x18\x02 \x01(\x0b\x32\x1c.brownoutserve.v1.StepWindowH\x00\x42\x06\n\x04\x62ody\"x\n\x0cPhaseSetting\x12&\n\x05phase\x18\x01 \x01(\x0e\x32\x17.brownoutserve.v1.Phase\x12\r\n\x05\x66loor\x18\x02 \x01(\r\x12\x0f\n\x07\x63\x65iling\x18\x03 \x01(\r\x12\x10\n\x08\x62udget_s\x18\x04 \x01(\x01\x12\x0e\n\x06margin\x18\x05 \x01(\x01\"\xa1\x01\n\x0f\x42rownoutSetting\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\x0b\n\x03law\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12.\n\x06phases\x18\x07 \x03(\x0b\x32\x1e.brownoutserve.v1.PhaseSetting\"Q\n\x11\x43ontrollerMessage\x12\x34\n\x07setting\x18\x01 \x01(\x0b\x32!.brownoutserve.v1.BrownoutSettingH\x00\x42\x06\n\x04\x62ody2^\n\x07\x43ontrol\x12S\n\x06Stream\x12 .brownoutserve.v1.ReplicaMessage\x1a#.brownoutserve.v1.ControllerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x10\x62rownoutserve.v1\x1a\x16protos/telemetry.proto\"\xc8\x02\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x12\n\nnum_levels\x18\x04 \x01(\r\x12\x17\n\x0fladder_measured\x18\x05 \x01(\x08\x12\x15\n\rapplied_epoch\x18\x06 \x01(\x04\x12\x17\n\x0f\x61pplied_version\x18\x07 \x01(\x04\x12\x12\n\nlevel_loss\x18\x08 \x03(\x01\x12\x32\n\x07\x61pplied\x18\t \x01(\x0b\x32!.brownoutserve.v1.BrownoutSetting\x12\x0f\n\x07start_s\x18\n \x01(\x01\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x18\n\x10\x66ull_step_time_s\x18\r \x03(\x01\"r\n\x0eReplicaMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.brownoutserve.v1.HelloH\x00\x12.\n\x06window\x18\x02 \x01(\x0b\x32\x1c.brownoutserve.v1.StepWindowH\x00\x42\x06\n\x04\x62ody\"x\n\x0cPhaseSetting\x12&\n\x05phase\x18\x01 \x01(\x0e\x32\x17.brownoutserve.v1.Phase\x12\r\n\x05\x66loor\x18\x02 \x01(\r\x12\x0f\n\x07\x63\x65iling\x18\x03 \x01(\r\x12\x10\n\x08\x62udget_s\x18\x04 \x01(\x01\x12\x0e\n\x06margin\x18\x05 \x01(\x01\"\xa1\x01\n\x0f\x42rownoutSetting\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\x0b\n\x03law\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12.\n\x06phases\x18\x07 \x03(\x0b\x32\x1e.brownoutserve.v1.PhaseSetting\"Q\n\x11\x43ontrollerMessage\x12\x34\n\x07setting\x18\x01 \x01(\x0b\x32!.brownoutserve.v1.BrownoutSettingH\x00\x42\x06\n\x04\x62ody2^\n\x07\x43ontrol\x12S\n\x06Stream\x12 .brownoutserve.v1.ReplicaMessage\x1a#.brownoutserve.v1.ControllerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HELLO']._serialized_start=67
-  _globals['_HELLO']._serialized_end=246
-  _globals['_REPLICAMESSAGE']._serialized_start=248
-  _globals['_REPLICAMESSAGE']._serialized_end=362
-  _globals['_PHASESETTING']._serialized_start=364
-  _globals['_PHASESETTING']._serialized_end=484
-  _globals['_BROWNOUTSETTING']._serialized_start=487
-  _globals['_BROWNOUTSETTING']._serialized_end=648
-  _globals['_CONTROLLERMESSAGE']._serialized_start=650
-  _globals['_CONTROLLERMESSAGE']._serialized_end=731
-  _globals['_CONTROL']._serialized_start=733
-  _globals['_CONTROL']._serialized_end=827
+  _globals['_HELLO']._serialized_end=395
+  _globals['_REPLICAMESSAGE']._serialized_start=397
+  _globals['_REPLICAMESSAGE']._serialized_end=511
+  _globals['_PHASESETTING']._serialized_start=513
+  _globals['_PHASESETTING']._serialized_end=633
+  _globals['_BROWNOUTSETTING']._serialized_start=636
+  _globals['_BROWNOUTSETTING']._serialized_end=797
+  _globals['_CONTROLLERMESSAGE']._serialized_start=799
+  _globals['_CONTROLLERMESSAGE']._serialized_end=880
+  _globals['_CONTROL']._serialized_start=882
+  _globals['_CONTROL']._serialized_end=976
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Hello(_message.Message):
-    __slots__ = ("replica_id", "model_id", "incarnation", "num_levels", "ladder_measured", "applied_epoch", "applied_version", "level_loss")
+    __slots__ = ("replica_id", "model_id", "incarnation", "num_levels", "ladder_measured", "applied_epoch", "applied_version", "level_loss", "applied", "start_s", "max_num_seqs", "max_num_batched_tokens", "full_step_time_s")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,11 @@ class Hello(_message.Message):
     APPLIED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEVEL_LOSS_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FULL_STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model_id: str
     incarnation: int
@@ -25,7 +30,12 @@ class Hello(_message.Message):
     applied_epoch: int
     applied_version: int
     level_loss: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., num_levels: _Optional[int] = ..., ladder_measured: _Optional[bool] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., level_loss: _Optional[_Iterable[float]] = ...) -> None: ...
+    applied: BrownoutSetting
+    start_s: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    full_step_time_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., num_levels: _Optional[int] = ..., ladder_measured: _Optional[bool] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., level_loss: _Optional[_Iterable[float]] = ..., applied: _Optional[_Union[BrownoutSetting, _Mapping]] = ..., start_s: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., full_step_time_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
     __slots__ = ("hello", "window")

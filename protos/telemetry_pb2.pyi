@@ -31,23 +31,35 @@ class QuantileSketch(_message.Message):
     def __init__(self, relative_error: _Optional[float] = ..., bucket: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ..., zero_count: _Optional[int] = ..., sum: _Optional[float] = ...) -> None: ...
 
 class PhaseWindow(_message.Message):
-    __slots__ = ("phase", "num_steps", "num_tokens", "level_tokens", "level_peak", "step_time_s")
+    __slots__ = ("phase", "num_steps", "num_tokens", "level_tokens", "level_peak", "step_time_s", "shapes")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_PEAK_FIELD_NUMBER: _ClassVar[int]
     STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     num_steps: int
     num_tokens: int
     level_tokens: int
     level_peak: int
     step_time_s: QuantileSketch
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., level_tokens: _Optional[int] = ..., level_peak: _Optional[int] = ..., step_time_s: _Optional[_Union[QuantileSketch, _Mapping]] = ...) -> None: ...
+    shapes: _containers.RepeatedCompositeFieldContainer[ShapeWindow]
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., level_tokens: _Optional[int] = ..., level_peak: _Optional[int] = ..., step_time_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., shapes: _Optional[_Iterable[_Union[ShapeWindow, _Mapping]]] = ...) -> None: ...
+
+class ShapeWindow(_message.Message):
+    __slots__ = ("log2_tokens", "num_steps", "step_time_s")
+    LOG2_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    log2_tokens: int
+    num_steps: int
+    step_time_s: float
+    def __init__(self, log2_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_time_s: _Optional[float] = ...) -> None: ...
 
 class ClassWindow(_message.Message):
-    __slots__ = ("service_class", "num_finished", "num_failed", "num_ttft_ok", "num_tpot_ok", "queue_wait_s", "ttft_s", "tpot_s")
+    __slots__ = ("service_class", "num_finished", "num_failed", "num_ttft_ok", "num_tpot_ok", "queue_wait_s", "ttft_s", "tpot_s", "num_tokens", "loss_nats")
     SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +68,8 @@ class ClassWindow(_message.Message):
     QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_NATS_FIELD_NUMBER: _ClassVar[int]
     service_class: str
     num_finished: int
     num_failed: int
@@ -64,10 +78,26 @@ class ClassWindow(_message.Message):
     queue_wait_s: QuantileSketch
     ttft_s: QuantileSketch
     tpot_s: QuantileSketch
-    def __init__(self, service_class: _Optional[str] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_ttft_ok: _Optional[int] = ..., num_tpot_ok: _Optional[int] = ..., queue_wait_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., ttft_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., tpot_s: _Optional[_Union[QuantileSketch, _Mapping]] = ...) -> None: ...
+    num_tokens: int
+    loss_nats: float
+    def __init__(self, service_class: _Optional[str] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_ttft_ok: _Optional[int] = ..., num_tpot_ok: _Optional[int] = ..., queue_wait_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., ttft_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., tpot_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., num_tokens: _Optional[int] = ..., loss_nats: _Optional[float] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer", "active_experts", "balance_index", "hot_expert", "hot_share")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    HOT_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    HOT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    active_experts: float
+    balance_index: float
+    hot_expert: _containers.RepeatedScalarFieldContainer[int]
+    hot_share: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., active_experts: _Optional[float] = ..., balance_index: _Optional[float] = ..., hot_expert: _Optional[_Iterable[int]] = ..., hot_share: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepWindow(_message.Message):
-    __slots__ = ("replica_id", "model_id", "incarnation", "sequence", "window_s", "phases", "classes", "num_running", "num_waiting", "queued_prefill_tokens", "oldest_wait_s", "kv_used_frac", "level_prefill", "level_decode", "routed_pairs", "dimmed_pairs", "num_preemptions", "applied_epoch", "applied_version", "lease_expired", "trim", "predicted_step_time_s")
+    __slots__ = ("replica_id", "model_id", "incarnation", "sequence", "window_s", "phases", "classes", "num_running", "num_waiting", "queued_prefill_tokens", "oldest_wait_s", "kv_used_frac", "level_prefill", "level_decode", "routed_pairs", "dimmed_pairs", "num_preemptions", "applied_epoch", "applied_version", "lease_expired", "trim", "predicted_step_time_s", "measured_per_predicted", "layers")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +120,8 @@ class StepWindow(_message.Message):
     LEASE_EXPIRED_FIELD_NUMBER: _ClassVar[int]
     TRIM_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_PER_PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model_id: str
     incarnation: int
@@ -112,4 +144,6 @@ class StepWindow(_message.Message):
     lease_expired: bool
     trim: float
     predicted_step_time_s: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., window_s: _Optional[float] = ..., phases: _Optional[_Iterable[_Union[PhaseWindow, _Mapping]]] = ..., classes: _Optional[_Iterable[_Union[ClassWindow, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., kv_used_frac: _Optional[float] = ..., level_prefill: _Optional[int] = ..., level_decode: _Optional[int] = ..., routed_pairs: _Optional[int] = ..., dimmed_pairs: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., lease_expired: _Optional[bool] = ..., trim: _Optional[float] = ..., predicted_step_time_s: _Optional[_Iterable[float]] = ...) -> None: ...
+    measured_per_predicted: QuantileSketch
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., window_s: _Optional[float] = ..., phases: _Optional[_Iterable[_Union[PhaseWindow, _Mapping]]] = ..., classes: _Optional[_Iterable[_Union[ClassWindow, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., kv_used_frac: _Optional[float] = ..., level_prefill: _Optional[int] = ..., level_decode: _Optional[int] = ..., routed_pairs: _Optional[int] = ..., dimmed_pairs: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., lease_expired: _Optional[bool] = ..., trim: _Optional[float] = ..., predicted_step_time_s: _Optional[_Iterable[float]] = ..., measured_per_predicted: _Optional[_Union[QuantileSketch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from engine.layers.linear import GatedMlp
 from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
 from engine.moe.gate import Gate
+from engine.moe.load import ExpertCounter
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class MoeLayer:
     shared_expert: GatedMlp | None
     shared_gate: Tensor | None  # [1, D], if there is a shared expert
     dimmer: Dimmer | None  # None: this layer is never dimmed
+    counter: ExpertCounter | None = field(default=None, kw_only=True)
 
     def __call__(self, x: Tensor, rows: RowInfo, dimmed_pairs: Tensor) -> Tensor:
         """[T, D] -> [T, D]; adds the layer's dimmed pairs to ``dimmed_pairs`` [T]."""
@@ -31,6 +33,8 @@ class MoeLayer:
             dimmed = self.dimmer.rewrite(self.index, routing, rows)
             routing = dimmed.routing
             dimmed_pairs += dimmed.dimmed_pairs
+        if self.counter is not None:
+            self.counter.count_(self.index, routing.ids)
         routed = self.experts(x, routing)
         if self.shared_expert is None or self.shared_gate is None:
             return routed

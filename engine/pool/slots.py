@@ -20,21 +20,23 @@ from engine.models.registry import load_spec
 from engine.models.spec import ModelSpec
 from engine.moe.dimming import Dimming, create_dimming
 from engine.moe.ladder import Ladder
+from engine.moe.load import ExpertCounter
 from engine.weights.load import load_weights, open_source
 
 if TYPE_CHECKING:
-    from engine.graphs import StepGraphs
+    from engine.graphs import DecodeGraphs
 
 
 @dataclass(slots=True, weakref_slot=True)
 class ModelSlot:
-    """One model on one device: weights, KV pool, dimming tables, CUDA graphs."""
+    """One model on one device: weights, KV pool, dimming tables, decode graphs."""
 
     spec: ModelSpec
     dimming: Dimming
     model: Decoder
     kv: KvStorage
-    graphs: StepGraphs | None
+    graphs: DecodeGraphs | None
+    counter: ExpertCounter | None
     max_model_len: int
     device: torch.device
 
@@ -69,18 +71,25 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     model = Decoder(spec, weights, dimming.dimmers, attention, kernels)
     del weights
     dimming.load_united(model.experts)
+    counter = _count_experts(model, device) if kernels.name == "torch" and spec.moe_layers else None
     max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
     num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
     kv = KvStorage(spec, num_blocks, block_size, dtype, device)
     max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
     graphs = None
-    if config.cuda_graphs and kernels.name == "triton":
-        from engine.graphs import StepGraphs
+    if config.cuda_graphs and kernels.name == "triton" and attention.decode_backend.graphable:
+        from engine.graphs import DecodeGraphs
 
-        scheduler, graphable = config.scheduler, attention.decode_backend.graphable
-        max_rows = scheduler.max_num_batched_tokens
-        graphs = StepGraphs(model, kv, max_model_len, scheduler.max_num_seqs, max_rows, graphable, device)
-    return ModelSlot(spec, dimming, model, kv, graphs, max_model_len, device)
+        graphs = DecodeGraphs(model, kv, max_model_len, config.scheduler.max_num_seqs, device)
+    return ModelSlot(spec, dimming, model, kv, graphs, counter, max_model_len, device)
+
+
+def _count_experts(model: Decoder, device: torch.device) -> ExpertCounter:
+    """A counter that every layer with routed experts reports to."""
+    counter = ExpertCounter({layer: len(experts.gate_up) for layer, experts in model.experts.items()}, device)
+    for layer in model.experts:
+        model.layers[layer].moe.counter = counter
+    return counter
 
 
 def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:

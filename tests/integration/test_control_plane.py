@@ -19,12 +19,17 @@ import pytest
 from cluster.redis_server import RedisServer
 from controller.config import ControllerConfig
 from controller.laws.base import LawError
+from controller.reports import Hello
 from controller.service import ControllerService
 from controller.sketch import RELATIVE_ERROR as CONTROLLER_RELATIVE_ERROR
+from controller.types import Phase as ControllerPhase
+from controller.wire import read_window
 from engine.agent import TelemetryAgent
 from engine.config import SloConfig
-from engine.telemetry import RELATIVE_ERROR, StepWindow, TelemetryRecorder
+from engine.sketch import RELATIVE_ERROR
+from engine.telemetry import LayerLoad, StepRecord, StepWindow, TelemetryRecorder
 from engine.types import BrownoutSetting, EngineStats, Levels, ModelInfo, ServiceClass
+from engine.wire import window_to_proto
 from protos import control_pb2, control_pb2_grpc, telemetry_pb2
 
 MODEL = ModelInfo("model", 1000, 512, 64, 16, num_levels=5, ladder_measured=True)
@@ -74,7 +79,7 @@ class Replica:
 
     def _take_window(self) -> StepWindow:
         level = self.setting.decode.floor if self.received else 0
-        self.recorder.record_step(0, 4, Levels(decode=level), self.step_time_s, routed_pairs=16)
+        self.recorder.record_step(StepRecord(0, 4, Levels(decode=level), self.step_time_s, routed_pairs=16))
         self.recorder.record_first_token(ServiceClass.STANDARD, 0.1, 0.01)
         self.recorder.record_finish(ServiceClass.STANDARD, self.step_time_s)
         stats = EngineStats(num_running=4, num_waiting=2, kv_used_frac=0.25, levels=Levels(decode=level))
@@ -142,6 +147,24 @@ def test_both_ends_sketch_alike() -> None:
     assert RELATIVE_ERROR == CONTROLLER_RELATIVE_ERROR
 
 
+def test_both_ends_read_a_window_alike() -> None:
+    recorder = TelemetryRecorder(SloConfig())
+    spent = {ServiceClass.STANDARD: (9, 0.5), ServiceClass.FULL: (3, 0.0)}
+    recorder.record_step(StepRecord(8, 4, Levels(1, 2), 0.2, 0.1, routed_pairs=48, dimmed_pairs=8, spent=spent))
+    recorder.record_first_token(ServiceClass.STANDARD, 0.3, 0.1)
+    recorder.record_layers((LayerLoad(1, 3.0, 0.5, ((7, 0.25),)),))
+    sent = recorder.drain(EngineStats(num_running=4, kv_used_frac=0.25), 0.25, predicted_step_time_s=(0.3,) * 5)
+    message = window_to_proto(sent)
+    message.replica_id, message.model_id, message.incarnation = "a", "model", 1
+    read = read_window(message, Hello("a", "model", 1, 5, True, level_loss=(0.0, 0.1, 0.1, 0.1, 0.1)))
+    assert read.phases[ControllerPhase.DECODE].shapes[4].num_steps == 1
+    assert (read.classes["standard"].num_tokens, read.classes["standard"].loss_nats) == (9, 0.5)
+    assert read.classes["standard"].ttft_s.quantile(0.5) == pytest.approx(0.3, rel=0.01)
+    assert read.measured_per_predicted.quantile(0.5) == pytest.approx(2.0, rel=0.01)
+    assert [(layer.layer, layer.active_experts, layer.hot) for layer in read.layers] == [(1, 3.0, ((7, 0.25),))]
+    assert read.predicted_step_time_s == (0.3,) * 5
+
+
 async def test_settings_reach_every_replica(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a, b = await cluster.start_replica("a"), await cluster.start_replica("b")
@@ -171,7 +194,9 @@ async def test_status_and_decisions_tell_what_happens(cluster: Cluster) -> None:
     assert model["setting"]["decision"]["decode"]["floor"] == 2
     assert (replica["num_running"], replica["num_waiting"], replica["stale"]) == (4, 2, False)
     assert replica["lease_left_s"] > 0 and replica["last_window_age_s"] >= 0
-    newest, *_, oldest = service.decisions(10)
+    rows = service.decisions(10)
+    newest, *_, oldest = [row for row in rows if row["kind"] == "setting"]
+    assert [row["reason"] for row in rows if row["kind"] == "policy"] == ["static"]
     assert (newest["version"], newest["reason"]) == (model["version"], "pinned")
     assert oldest["version"] == 1
 
@@ -249,7 +274,9 @@ async def test_an_operators_policy_outlives_the_controller(cluster: Cluster) -> 
     await until(lambda: a.setting.epoch > before.epoch)
     assert a.levels == (0, 0)
     assert a.setting.version == before.version + 1
-    assert [row["epoch"] for row in second.decisions()] == [2, 1, 1]
+    rows = second.decisions()
+    assert [row["epoch"] for row in rows if row["kind"] == "setting"] == [2, 1, 1]
+    assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [2, 1]
 
 
 async def test_a_controller_that_hangs_is_left(cluster: Cluster) -> None:
@@ -376,10 +403,15 @@ async def test_garbage_is_refused_and_the_stream_goes_on(cluster: Cluster) -> No
         def model() -> dict[str, object]:
             return service.status()["models"]["model"]
 
-        await until(lambda: model()["num_windows"]["wrong_life"] == 1)
-        assert model()["replicas"]["raw"]["num_refused"] == 5
-        assert model()["replicas"]["raw"]["num_running"] == 4
-        assert (model()["num_windows"]["duplicate"], model()["num_windows"]["out_of_order"]) == (1, 1)
+        await until(lambda: model()["num_windows"]["out_of_order"] == 1)
+        await until(lambda: model()["replicas"]["raw"]["num_refused"] == 6)
+        assert (model()["num_windows"]["duplicate"], model()["num_windows"]["nonsense"]) == (1, 6)
+        assert model()["replicas"]["raw"]["quarantined"] and not model()["replicas"]["a"]["quarantined"]
+        await until(lambda: model()["observation"]["num_quarantined"] == 1)
+        for sequence in range(5, 60):
+            await call.write(window(sequence))
+        await until(lambda: not model()["replicas"]["raw"]["quarantined"])
+        await until(lambda: model()["replicas"]["raw"]["num_running"] == 59)
         assert (await call.read()).setting.epoch == 1
         call.cancel()
     await until(lambda: "raw" not in service.status()["models"]["model"]["replicas"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controller.reports import ClassWindow, Hello, PhaseWindow, StepWindow
+from controller.reports import ClassWindow, Hello, PhaseWindow, ShapeWindow, StepWindow
 from controller.sketch import QuantileSketch
 from controller.types import Phase
 from controller.window import MAX_REMEMBERED_REPLICAS, PANES_PER_WINDOW, ModelWindow, Verdict
@@ -85,6 +85,8 @@ def test_verdicts(window: ModelWindow) -> None:
         Verdict.OUT_OF_ORDER: 1,
         Verdict.WRONG_LIFE: 2,
         Verdict.TOO_LONG: 1,
+        Verdict.NONSENSE: 0,
+        Verdict.QUARANTINED: 0,
     }
     seen = window.observe(100.3)
     assert seen.decode.num_steps == 2
@@ -134,4 +136,63 @@ def test_memory_is_bounded(window: ModelWindow) -> None:
         window.offer(report(f"r{i}"), 3000.0)
         window.leave(f"r{i}")
     assert len(window._panes) <= PANES_PER_WINDOW + 1
-    assert len(window._last_sequence) == MAX_REMEMBERED_REPLICAS
+    assert len(window._memory) == MAX_REMEMBERED_REPLICAS
+
+
+def test_nonsense_quarantines_and_sound_reports_redeem(window: ModelWindow) -> None:
+    window.offer(report(sequence=1, num_running=3), 100.0)
+    for _ in range(2):
+        window.refuse("a")
+    seen = window.observe(100.1)
+    assert (seen.num_quarantined, seen.num_stale, seen.num_running) == (0, 0, 3)
+    window.refuse("a")
+    seen = window.observe(100.1)
+    assert (seen.num_quarantined, seen.num_stale, seen.num_running) == (1, 1, 0), "nothing it says counts"
+    sequence = 2
+    while window.replicas["a"].trust.count > 1:
+        verdict = window.offer(report(sequence=sequence, num_running=3, phases=decode(0.01)), 100.2)
+        assert verdict is Verdict.QUARANTINED
+        sequence += 1
+    assert window.observe(100.2).decode.num_steps == 0
+    assert window.offer(report(sequence=sequence, num_running=3), 100.3) is Verdict.ACCEPTED
+    seen = window.observe(100.3)
+    assert (seen.num_quarantined, seen.num_stale, seen.num_running) == (0, 0, 3)
+
+
+def test_a_reconnect_does_not_end_the_quarantine_but_a_new_life_does(window: ModelWindow) -> None:
+    window.offer(report(sequence=9), 100.0)
+    for _ in range(3):
+        window.offer(report(sequence=4), 100.0)
+    window.leave("a")
+    window.join(hello("a"), 101.0)
+    assert window.observe(101.0).num_quarantined == 1
+    window.leave("a")
+    window.join(hello("a", incarnation=2), 102.0)
+    assert window.observe(102.0).num_quarantined == 0
+
+
+def test_what_is_spent_only_grows_and_late_reports_count(window: ModelWindow) -> None:
+    spent = {"standard": ClassWindow(num_tokens=10, loss_nats=0.5)}
+    window.offer(report(sequence=1, classes=spent), 100.0)
+    window.offer(report(sequence=2, classes=spent, window_s=60.0), 160.0)
+    seen = window.observe(500.0)
+    assert (seen.spent["standard"].num_tokens, seen.spent["standard"].loss_nats) == (20, 1.0)
+    assert seen.observed_s == 60.25
+
+
+def test_evidence_is_a_step(window: ModelWindow) -> None:
+    assert window.observe(103.0).evidence_age_s == 3.0, "counted from the first join"
+    window.offer(report(sequence=1, phases=decode(0.01)), 104.0)
+    window.offer(report(sequence=2), 105.0)
+    assert window.observe(106.0).evidence_age_s == 2.0
+
+
+def test_shapes_and_predictions_add_up(window: ModelWindow) -> None:
+    phase = PhaseWindow(2, 8, step_time_s=QuantileSketch.of([0.1, 0.1]), shapes={2: ShapeWindow(2, 0.2)})
+    ratio = QuantileSketch.of([1.0, 2.0, 2.0])
+    for sequence in (1, 2):
+        parts = {"phases": {Phase.DECODE: phase}, "measured_per_predicted": ratio}
+        window.offer(report(sequence=sequence, **parts), 100.0 + sequence)
+    assert window.samples(103.0).phases[Phase.DECODE].shapes == {2: ShapeWindow(4, 0.4)}
+    assert window.observe(103.0).measured_per_predicted_p90 == pytest.approx(2.0, rel=0.01)
+    assert phase.shapes == {2: ShapeWindow(2, 0.2)}, "adding changes no report"

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.reports import Hello
+from controller.reports import Hello, LayerLoad, ShapeWindow
 from controller.types import Decision, Phase, PhaseDecision, Reason, Setting
 from controller.wire import MAX_CLASSES, WireError, read_hello, read_window, write_setting
 from protos import control_pb2, telemetry_pb2
 
-HELLO = Hello("replica", "model", 7, 4, True)
+HELLO = Hello("replica", "model", 7, 4, True, level_loss=(0.0, 0.1, 0.2, 0.3))
 
 
 def sound_hello() -> control_pb2.Hello:
@@ -25,6 +25,19 @@ def sound_hello() -> control_pb2.Hello:
         num_levels=4,
         ladder_measured=True,
         level_loss=[0.0, 0.1, 0.2, 0.3],
+        full_step_time_s=[0.4, 0.3, 0.2, 0.1],
+        applied=control_pb2.BrownoutSetting(
+            epoch=2,
+            version=9,
+            lease_s=2.0,
+            model_id="model",
+            law="aimd",
+            reason="from_the_future",
+            phases=[
+                control_pb2.PhaseSetting(phase=phase, floor=1, ceiling=3, budget_s=0.1, margin=0.9)
+                for phase in (telemetry_pb2.PREFILL, telemetry_pb2.DECODE)
+            ],
+        ),
     )
 
 
@@ -44,9 +57,20 @@ def sound_window() -> telemetry_pb2.StepWindow:
                 level_tokens=20,
                 level_peak=3,
                 step_time_s=sketch,
+                shapes=[telemetry_pb2.ShapeWindow(log2_tokens=4, num_steps=3, step_time_s=0.5)],
             )
         ],
-        classes=[telemetry_pb2.ClassWindow(service_class="standard", num_finished=3, ttft_s=sketch)],
+        classes=[
+            telemetry_pb2.ClassWindow(
+                service_class="standard", num_finished=3, ttft_s=sketch, num_tokens=10, loss_nats=2.9
+            )
+        ],
+        measured_per_predicted=sketch,
+        layers=[
+            telemetry_pb2.LayerLoad(
+                layer=2, active_experts=7.5, balance_index=0.5, hot_expert=[5, 1], hot_share=[0.4, 0.1]
+            )
+        ],
         kv_used_frac=0.5,
         level_decode=3,
         routed_pairs=10,
@@ -63,6 +87,10 @@ def test_sound_messages_come_through() -> None:
     assert (decode.num_steps, decode.num_tokens, decode.level_tokens, decode.level_peak) == (3, 10, 20, 3)
     assert decode.step_time_s.counts == {-100: 2, 3: 1}
     assert window.classes["standard"].tpot_s.num_values == 0
+    assert decode.shapes == {4: ShapeWindow(3, 0.5)}
+    assert (window.classes["standard"].num_tokens, window.classes["standard"].loss_nats) == (10, 2.9)
+    assert window.measured_per_predicted.num_values == 3
+    assert window.layers == (LayerLoad(2, 7.5, 0.5, ((5, 0.4), (1, 0.1))),)
     assert (window.trim, window.predicted_step_time_s[0]) == (1.1, 0.4)
 
 
@@ -71,6 +99,11 @@ BAD_HELLOS: dict[str, Callable[[control_pb2.Hello], object]] = {
     "model_id": lambda m: setattr(m, "model_id", "x" * 300),
     "num_levels": lambda m: setattr(m, "num_levels", 0),
     "level_loss": lambda m: m.level_loss.append(0.4),
+    "full_step_time_s": lambda m: m.full_step_time_s.pop(),
+    "start_s": lambda m: setattr(m, "start_s", math.nan),
+    "applied.phases": lambda m: m.applied.phases.pop(),
+    "applied.ceiling": lambda m: setattr(m.applied.phases[0], "floor", 4),
+    "applied.margin": lambda m: setattr(m.applied.phases[1], "margin", math.nan),
 }
 
 
@@ -108,6 +141,13 @@ BAD_WINDOWS: dict[str, Callable[[Window], object]] = {
     "sum": lambda m: setattr(m.phases[0].step_time_s, "sum", math.nan),
     "service_class": lambda m: setattr(m.classes[0], "service_class", ""),
     "service_class twice": lambda m: m.classes.append(m.classes[0]),
+    "loss_nats more than the worst level's": lambda m: setattr(m.classes[0], "loss_nats", 3.1),
+    "log2_tokens": lambda m: setattr(m.phases[0].shapes[0], "log2_tokens", 99),
+    "shapes.step_time_s": lambda m: setattr(m.phases[0].shapes[0], "step_time_s", math.inf),
+    "measured_per_predicted": lambda m: setattr(m.measured_per_predicted, "relative_error", 0.5),
+    "hot_share": lambda m: m.layers[0].hot_share.pop(),
+    "fraction": lambda m: setattr(m.layers[0], "balance_index", 1.5),
+    "incarnation": lambda m: setattr(m, "incarnation", 8),
     "classes": lambda m: m.classes.extend([m.classes[0]] * MAX_CLASSES),
 }
 
@@ -128,6 +168,12 @@ def test_any_parsable_window_is_read_or_refused(raw: bytes) -> None:
         read_window(message, HELLO)
     except Exception as error:
         assert isinstance(error, WireError) or type(error).__name__ == "DecodeError"
+
+
+def test_the_setting_that_a_replica_follows_comes_through() -> None:
+    applied = read_hello(sound_hello()).applied
+    phase = PhaseDecision(1, 3, 0.1, 0.9)
+    assert applied == Setting(Decision(phase, phase, "aimd", Reason.RESTORED), "model", 2, 9, 2.0)
 
 
 def test_a_setting_is_written_whole() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -179,6 +182,37 @@ def test_a_pinned_level_dims_all_but_full_class_requests(model: str) -> None:
     assert engine.recorder.totals().dimmed_pairs == total
 
 
+def test_what_was_lost_is_booked_by_class_and_told_in_the_log(model: str, tmp_path: Path) -> None:
+    ladder = tmp_path / "ladder.json"
+    levels = [{"way": 1, "share": 0.0, "loss": 0.0}, {"way": 2, "share": 1.0, "loss": 0.25}]
+    ladder.write_text(json.dumps({"levels": levels}))
+    engine = make_engine(model, brownout=replace(UNITED, ladder=str(ladder), allow_unmeasured=False))
+    engine.apply_setting(replace(BrownoutSetting.pinned(1), epoch=1, version=7))
+    run(engine, request("dimmed"), request("full", service_class=ServiceClass.FULL))
+    window = engine.recorder.drain(engine.stats(), 1.0)
+    standard, full = window.classes[ServiceClass.STANDARD], window.classes[ServiceClass.FULL]
+    assert standard.num_tokens == full.num_tokens == len(PROMPT) + 7
+    assert standard.loss_nats == pytest.approx(0.25 * standard.num_tokens)
+    assert full.loss_nats == 0.0
+    (record,) = engine.request_log.find("dimmed")
+    assert (record.level_mean, record.level_peak, record.completion_tokens) == (1.0, 1, 8)
+    assert (record.first_setting_version, record.last_setting_version) == (7, 7)
+    assert (record.finish_reason, record.service_class) == ("length", "standard")
+
+
+def test_every_pair_is_counted_on_its_expert(model: str) -> None:
+    engine = make_engine(model)
+    run(engine, request())
+    slot = engine.leave()
+    assert slot.counter is not None
+    slot.counter.take()
+    layers = slot.counter.take()
+    assert [layer.layer for layer in layers] == [0, 1, 2]
+    pairs_per_layer = engine.stats().num_tokens * slot.spec.num_experts_per_token
+    assert slot.counter._total[:, :-1].sum(dim=1).tolist() == [pairs_per_layer] * 3
+    assert all(4 <= layer.active_experts <= 12 for layer in layers)
+
+
 def test_a_dimmed_prefix_is_never_reused_by_a_full_class_request(model: str) -> None:
     engine = make_engine(model, brownout=UNITED)
     exact = tokens(run(engine, request("exact"))["exact"])
@@ -262,50 +296,3 @@ def test_logprobs_come_with_their_tokens(model: str) -> None:
     for entry in logprobs:
         assert len(entry.top) == 3
         assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))  # greedy takes the likeliest
-
-
-def test_overlapping_steps_change_nothing_but_when_outputs_come(model: str) -> None:
-    """Greedy and sampled requests, stop tokens and stop strings, more requests than places."""
-    answers = []
-    for overlap_steps in (False, True):
-        engine = make_engine(model, overlap_steps=overlap_steps)
-        stop = tokens(run(engine, request("probe"))["probe"])[3]
-        requests = [request(f"r{i}", PROMPT[i:], max_tokens=4 + i) for i in range(9)]
-        requests.append(request("stopped", stop_token_ids=(stop,)))
-        requests.append(request("sampled", temperature=1.0, seed=7, repetition_penalty=1.3))
-        outputs = run(engine, *requests)
-        assert engine.scheduler.blocks.num_used == 0
-        answers.append({name: (tokens(out), out[-1].finish_reason, out[-1].usage) for name, out in outputs.items()})
-    assert answers[0] == answers[1]
-
-
-def test_overlapping_steps_are_one_ahead_of_their_outputs(model: str) -> None:
-    engine = make_engine(model, overlap_steps=True)
-    engine.add(request(max_tokens=2))
-    assert [len(engine.step()) for _ in range(3)] == [0, 1, 1]
-    assert not engine.has_work
-
-
-def test_ending_a_request_whose_step_is_under_way(model: str) -> None:
-    engine = make_engine(model, overlap_steps=True)
-    expected = tokens(run(engine, request("alone"))["alone"])
-    engine.add(request("a"))
-    engine.step()
-    assert engine.abort("a") is not None
-    assert engine.scheduler.blocks.num_used == 0
-    assert tokens(run(engine, request("a"))["a"]) == expected  # the same name again, while the old step ends
-
-
-def test_leaving_a_model_loses_no_output_of_the_step_under_way(model: str) -> None:
-    engine = make_engine(model, overlap_steps=True)
-    expected = tokens(run(engine, request("alone"))["alone"])
-    engine.add(request("a"))
-    engine.step()
-    slot = engine.leave()
-    held = engine.step()
-    assert (tokens(held), engine.has_work) == (expected[:1], False)
-    engine.take_up(slot)
-    rest = []
-    while engine.has_work:
-        rest += engine.step()
-    assert tokens([*held, *rest]) == expected

@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from engine.config import SloConfig
-from engine.telemetry import RELATIVE_ERROR, QuantileSketch, StepWindow, TelemetryRecorder
+from engine.sketch import RELATIVE_ERROR, QuantileSketch
+from engine.telemetry import LayerLoad, StepRecord, StepWindow, TelemetryRecorder
 from engine.types import EngineStats, Levels, Phase, ServiceClass
 
 
@@ -22,9 +23,9 @@ def drain(recorder: TelemetryRecorder, now_s: float = 10.25) -> StepWindow:
 
 
 def test_steps_by_phase(recorder: TelemetryRecorder) -> None:
-    recorder.record_step(100, 0, Levels(prefill=1, decode=3), 0.2, routed_pairs=400, dimmed_pairs=40)
-    recorder.record_step(50, 8, Levels(prefill=2, decode=4), 0.1, routed_pairs=200, dimmed_pairs=60)
-    recorder.record_step(0, 8, Levels(prefill=2, decode=0), 0.05)
+    recorder.record_step(StepRecord(100, 0, Levels(prefill=1, decode=3), 0.2, routed_pairs=400, dimmed_pairs=40))
+    recorder.record_step(StepRecord(50, 8, Levels(prefill=2, decode=4), 0.1, routed_pairs=200, dimmed_pairs=60))
+    recorder.record_step(StepRecord(0, 8, Levels(prefill=2, decode=0), 0.05))
     window = drain(recorder)
     prefill, decode = window.phases[Phase.PREFILL], window.phases[Phase.DECODE]
     assert (prefill.num_steps, prefill.num_tokens, prefill.level_tokens, prefill.level_peak) == (2, 150, 200, 2)
@@ -50,7 +51,7 @@ def test_requests_by_class_against_the_promise(recorder: TelemetryRecorder) -> N
 
 
 def test_windows_are_disjoint_and_numbered(recorder: TelemetryRecorder) -> None:
-    recorder.record_step(0, 1, Levels(), 0.1)
+    recorder.record_step(StepRecord(0, 1, Levels(), 0.1))
     recorder.record_preemption(2)
     first = drain(recorder, 10.25)
     second = drain(recorder, 10.75)
@@ -69,7 +70,7 @@ def test_drain_carries_what_the_engine_says(recorder: TelemetryRecorder) -> None
 
 def test_totals_outlive_windows(recorder: TelemetryRecorder) -> None:
     for _ in range(2):
-        recorder.record_step(4, 2, Levels(), 0.1, routed_pairs=12, dimmed_pairs=3)
+        recorder.record_step(StepRecord(4, 2, Levels(), 0.1, routed_pairs=12, dimmed_pairs=3))
         recorder.record_first_token(ServiceClass.FULL, 0.5, 0.1)
         recorder.record_finish(ServiceClass.FULL, 0.01)
         recorder.record_preemption()
@@ -84,7 +85,9 @@ def test_totals_outlive_windows(recorder: TelemetryRecorder) -> None:
 
 def test_no_sample_is_lost_between_threads(recorder: TelemetryRecorder) -> None:
     num_steps, windows = 20_000, []
-    engine = threading.Thread(target=lambda: [recorder.record_step(0, 1, Levels(), 0.01) for _ in range(num_steps)])
+    engine = threading.Thread(
+        target=lambda: [recorder.record_step(StepRecord(0, 1, Levels(), 0.01)) for _ in range(num_steps)]
+    )
     engine.start()
     while engine.is_alive():
         windows.append(drain(recorder))
@@ -109,3 +112,42 @@ def test_zero_and_impossible_durations_count_as_zero() -> None:
     sketch.add(0.0)
     sketch.add(-1e-9)
     assert (sketch.zero_count, sketch.counts, sketch.total) == (2, {}, 0.0)
+
+
+def test_quality_is_spent_by_class(recorder: TelemetryRecorder) -> None:
+    for _ in range(2):
+        spent = {ServiceClass.STANDARD: (8, 0.4), ServiceClass.FULL: (2, 0.0)}
+        recorder.record_step(StepRecord(0, 10, Levels(decode=1), 0.1, spent=spent))
+    classes = drain(recorder).classes
+    assert (classes[ServiceClass.STANDARD].num_tokens, classes[ServiceClass.STANDARD].loss_nats) == (16, 0.8)
+    assert (classes[ServiceClass.FULL].num_tokens, classes[ServiceClass.FULL].loss_nats) == (4, 0.0)
+    assert recorder.totals().loss_nats == 0.8
+
+
+@pytest.mark.parametrize(("num_tokens", "log2"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (512, 9), (513, 10)])
+def test_shapes_are_powers_of_two(recorder: TelemetryRecorder, num_tokens: int, log2: int) -> None:
+    recorder.record_step(StepRecord(0, num_tokens, Levels(), 0.1))
+    shapes = drain(recorder).phases[Phase.DECODE].shapes
+    assert list(shapes) == [log2] and shapes[log2].num_steps == 1 and shapes[log2].step_time_s == 0.1
+
+
+def test_a_mixed_step_has_one_shape_in_both_phases(recorder: TelemetryRecorder) -> None:
+    recorder.record_step(StepRecord(100, 28, Levels(), 0.1))
+    phases = drain(recorder).phases
+    assert list(phases[Phase.PREFILL].shapes) == list(phases[Phase.DECODE].shapes) == [7]
+
+
+def test_the_models_error_is_measured_over_predicted(recorder: TelemetryRecorder) -> None:
+    recorder.record_step(StepRecord(0, 1, Levels(), 0.3, predicted_s=0.2))
+    recorder.record_step(StepRecord(0, 1, Levels(), 0.1))
+    window, totals = drain(recorder), recorder.totals()
+    assert window.measured_per_predicted.num_values == 1
+    assert window.measured_per_predicted.total == pytest.approx(1.5)
+    assert (totals.predicted_steps, totals.prediction_error_s) == (1, pytest.approx(0.1))
+
+
+def test_layers_are_reported_once(recorder: TelemetryRecorder) -> None:
+    layers = (LayerLoad(3, 8.0, 0.5, ((2, 0.4),)),)
+    recorder.record_layers(layers)
+    assert drain(recorder).layers == layers
+    assert drain(recorder, 10.5).layers == ()
