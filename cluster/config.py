@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -56,12 +56,14 @@ class IngressSection(_Section):
     """The HTTP front. One ingress replica serves ``max_concurrent`` requests; more get 503 with Retry-After.
 
     ``idle_timeout_s`` ends a request that got nothing from its engine for so long; it includes the wait in the queue.
+    ``admin_token`` is what PUT /v1/brownout asks for; empty: brownout is pinned with the CLI only.
     """
 
     num_replicas: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     max_concurrent: int = Field(default=4096, ge=1)
     idle_timeout_s: float = Field(default=300.0, gt=0)
+    admin_token: str = ""
 
 
 class ClusterConfig(_Section):
@@ -88,6 +90,7 @@ class ClusterConfig(_Section):
     ingress: IngressSection = IngressSection()
     drain_timeout_s: float = Field(default=60.0, ge=0)
     redis_url: str = ""
+    log_format: Literal["text", "json"] = "text"
 
     @model_validator(mode="after")
     def _engine_and_controller_accept(self) -> ClusterConfig:

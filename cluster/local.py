@@ -171,7 +171,7 @@ class LocalCluster:
 
     def _num_replicas_answering(self) -> int:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as response:
                 return int(json.load(response)["replicas"])
         except (OSError, ValueError, KeyError):
             return 0

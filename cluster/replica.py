@@ -14,6 +14,7 @@ from ray.util import get_node_ip_address
 
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
+from cluster.logs import configure as configure_logging
 from cluster.reports import ReplicaReport
 from cluster.router.loads import LoadPublisher
 from cluster.transport.server import ChannelServer
@@ -31,6 +32,7 @@ class EngineReplica:
     """Serves one model on one device. Made ready by its constructor: Serve routes to it only after that."""
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logging(config.log_format)
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         locator = ControllerLocator(config, context.app_name)

@@ -10,22 +10,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat_template import CHATML_TEMPLATE, ChatTemplate
 from engine.config import ConfigError
 from engine.types import InvalidRequestError
 
-CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -38,7 +31,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         piece_bytes: Callable[[str], bytes],
-        chat_template: jinja2.Template,
+        chat_template: ChatTemplate,
         special_tokens: Mapping[str, str],
         eos_token_ids: frozenset[int],
     ) -> None:
@@ -62,12 +55,20 @@ class Tokenizer:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation. Raises InvalidRequestError when the template refuses the messages."""
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation; ``variables`` are further ones that the template may read.
+
+        Raises InvalidRequestError when the template refuses the messages.
+        """
+        own = {"add_generation_prompt": add_generation_prompt, **self._special_tokens}
         try:
-            prompt = self._chat_template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
+            prompt = self._chat_template.render(messages, tools, {**(variables or {}), **own})
         except Exception as error:  # the template is the checkpoint's own program: it may fail in any way
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(
@@ -161,7 +162,7 @@ def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, special_token
     return frozenset(ids if eos_id is None else ids | {eos_id})
 
 
-def _compile_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> jinja2.Template:
+def _compile_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
     """chat_template.jinja wins over tokenizer_config.json, as in transformers; ChatML if there is neither."""
     file, source = directory / "tokenizer_config.json", tokenizer_config.get("chat_template")
     if (jinja_file := directory / "chat_template.jinja").exists():
@@ -174,24 +175,9 @@ def _compile_chat_template(directory: Path, tokenizer_config: Mapping[str, Any])
     if source is None:
         source = CHATML_TEMPLATE
     try:
-        return _template_environment().from_string(source)
+        return ChatTemplate(source)
     except (jinja2.TemplateError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: the chat template does not compile: {error}") from error
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """The Jinja dialect that chat templates are written in (transformers' ``apply_chat_template``)."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    return environment
 
 
 def _piece_decoder(settings: Mapping[str, Any], file: Path) -> Callable[[str], bytes]:

@@ -20,6 +20,7 @@ class Outcome(Enum):
 
     OK = ("ok", 200, "", None)
     INVALID = ("invalid", 400, "invalid_request_error", None)
+    FORBIDDEN = ("forbidden", 403, "permission_error", "forbidden")
     NOT_FOUND = ("not_found", 404, "invalid_request_error", "model_not_found")
     TOO_LARGE = ("too_large", 413, "invalid_request_error", "request_too_large")
     BUSY = ("busy", 503, "overloaded_error", "overloaded")

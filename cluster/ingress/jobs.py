@@ -1,25 +1,26 @@
-"""From an API body to engine requests: model, prompt, length, choices, consent to be dimmed."""
+"""From an API body to engine requests: prompt, length, choices, the answer's form, consent to be dimmed."""
 
 from __future__ import annotations
 
 import asyncio
-import re
+import json
 import secrets
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.schemas import INT64, ChatBody, CompletionBody, GenerationBody
+from cluster.ingress.grammars import chat_grammar
+from cluster.ingress.schemas import INT64, CompletionBody, GenerationBody
 from engine.tokenizer import Tokenizer
-from engine.types import GenerationRequest, ModelInfo, ServiceClass
+from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
 
 CLASS_HEADER = "x-brownout-class"
-REQUEST_ID_HEADER = "x-request-id"
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+FULL_TIERS = ("scale", "priority")  # OpenAI's service tiers that pay for the undimmed model
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 MAX_CHOICES = 64  # n times the number of prompts
-INLINE_CHARACTERS = 4096  # longer prompts are tokenized in a thread, so that they hold up no other stream
+INLINE_CHARACTERS = 4096  # longer texts are handled in a thread, so that they hold up no other stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +30,21 @@ class Job:
     requests: tuple[GenerationRequest, ...]  # choice by choice, those of one prompt side by side
     num_choices_per_prompt: int
     echo_texts: tuple[str, ...] = ()
-
-
-def take_request_id(headers: Mapping[str, str]) -> str:
-    """The client's id, or the one that Serve gave it, if it is a sensible one; else a new one.
-
-    Serve sends the header back with the response.
-    """
-    given = headers.get(REQUEST_ID_HEADER, "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    echo_only: bool = False  # max_tokens 0: the engine's one token is not part of the answer
+    parses_tools: bool = False
 
 
 def service_class(body: GenerationBody, headers: Mapping[str, str], info: ModelInfo) -> ServiceClass:
-    """FULL if header or body say so, or if some level's quality loss is unknown or more than the request bears."""
+    """FULL if header, body or service tier say so, or if some level's quality loss is unknown or more than the
+    request bears.
+    """
     header = headers.get(CLASS_HEADER)
     if header is not None and header not in tuple(ServiceClass):
         raise ApiError(
             Outcome.INVALID, f"{CLASS_HEADER} must be one of {', '.join(ServiceClass)}, got {header!r}", CLASS_HEADER
         )
     options = body.brownout
-    if ServiceClass.FULL in (header, options.service_class if options else None):
+    if ServiceClass.FULL in (header, options.service_class if options else None) or body.service_tier in FULL_TIERS:
         return ServiceClass.FULL
     if options is not None and options.max_loss is not None:
         may_dim = info.ladder_measured and max(info.level_loss, default=0.0) <= options.max_loss
@@ -57,7 +53,12 @@ def service_class(body: GenerationBody, headers: Mapping[str, str], info: ModelI
 
 
 async def make_job(
-    body: GenerationBody, headers: Mapping[str, str], request_id: str, info: ModelInfo, tokenizer: Tokenizer
+    body: GenerationBody,
+    headers: Mapping[str, str],
+    request_id: str,
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    traceparent: str = "",
 ) -> Job:
     """Raises ApiError or InvalidRequestError naming the field."""
     consent = service_class(body, headers, info)
@@ -69,40 +70,87 @@ async def make_job(
             f"n times the number of prompts is {len(prompts) * num_choices}, the most is {MAX_CHOICES}",
             "n",
         )
+    grammar = await _grammar(body)
     # Clients may send the same id twice at a time; the engine must not see that.
     engine_id = f"{request_id}-{secrets.token_hex(3)}"
     requests: list[GenerationRequest] = []
     for prompt_ids in prompts:
-        sampling = body.sampling_params(_max_tokens(body, field, len(prompt_ids), info.max_model_len))
+        max_tokens = _max_tokens(body, field, len(prompt_ids), info.max_model_len)
+        sampling = body.sampling_params(max(1, max_tokens), grammar)
         for number in range(num_choices):
-            seed = None if sampling.seed is None else (sampling.seed + number) % INT64
             requests.append(
                 GenerationRequest(
                     request_id=f"{engine_id}-{len(requests)}" if len(prompts) * num_choices > 1 else engine_id,
                     prompt_ids=prompt_ids,
-                    sampling=replace(sampling, seed=seed) if number else sampling,
+                    sampling=_of_choice(sampling, number),
                     service_class=consent,
+                    priority=body.priority or 0,
+                    traceparent=traceparent,
                 )
             )
-    return Job(tuple(requests), num_choices, _echo_texts(body, prompts, tokenizer))
+    return Job(
+        requests=tuple(requests),
+        num_choices_per_prompt=num_choices,
+        echo_texts=_echo_texts(body, prompts, tokenizer),
+        echo_only=body.length_limit[1] == 0,
+        parses_tools=isinstance(body, ChatBody) and bool(body.offered_tools),
+    )
+
+
+def _of_choice(sampling: SamplingParams, number: int) -> SamplingParams:
+    """Choices of one prompt differ by their seed only."""
+    if number == 0 or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + number) % INT64)
+
+
+async def _grammar(body: GenerationBody) -> str | None:
+    if not isinstance(body, ChatBody):
+        return None
+    if body.tools or body.response_format:  # a large schema takes long to check
+        return await asyncio.to_thread(chat_grammar, body)
+    return None
 
 
 async def _prompts(body: GenerationBody, tokenizer: Tokenizer) -> tuple[list[tuple[int, ...]], str]:
     """Token ids of each prompt, and the field they came from."""
     if isinstance(body, ChatBody):
-        text = tokenizer.apply_chat_template([message.model_dump() for message in body.messages])
-        return [await _encode(text, "messages", tokenizer, add_special_tokens=False)], "messages"
+        return [await encode(render_chat(body, tokenizer), "messages", tokenizer, add_special_tokens=False)], "messages"
     assert isinstance(body, CompletionBody)
     prompts = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            prompts.append(await _encode(prompt, "prompt", tokenizer, add_special_tokens=True))
+            prompts.append(await encode(prompt, "prompt", tokenizer, add_special_tokens=True))
         else:
             prompts.append(tuple(prompt))
     return prompts, "prompt"
 
 
-async def _encode(text: str, field: str, tokenizer: Tokenizer, add_special_tokens: bool) -> tuple[int, ...]:
+def render_chat(body: ChatBody, tokenizer: Tokenizer) -> str:
+    """The conversation as the model's chat template words it."""
+    return tokenizer.apply_chat_template(
+        [_template_message(message) for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt is not False,
+        tools=[tool.model_dump(exclude_none=True) for tool in body.offered_tools],
+        variables=body.chat_template_kwargs,
+    )
+
+
+def _template_message(message: ChatMessage) -> dict[str, Any]:
+    """As templates expect it: a call's arguments are an object, not text."""
+    given = message.model_dump(exclude_none=True)
+    for call in given.get("tool_calls", ()):
+        try:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        except ValueError as error:
+            raise ApiError(
+                Outcome.INVALID, f"messages: a tool call's arguments are not JSON: {error}", "messages"
+            ) from error
+    return given
+
+
+async def encode(text: str, field: str, tokenizer: Tokenizer, add_special_tokens: bool) -> tuple[int, ...]:
+    """Token ids, at least one. Raises ApiError or InvalidRequestError naming ``field``."""
     if len(text) <= INLINE_CHARACTERS:
         ids = tokenizer.encode(text, add_special_tokens)
     else:
@@ -113,7 +161,7 @@ async def _encode(text: str, field: str, tokenizer: Tokenizer, add_special_token
 
 
 def _max_tokens(body: GenerationBody, prompt_field: str, num_prompt_tokens: int, max_model_len: int) -> int:
-    """The completion's length limit in tokens."""
+    """The completion's length limit in tokens; 0 is allowed for an echo alone."""
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ApiError(
@@ -125,10 +173,11 @@ def _max_tokens(body: GenerationBody, prompt_field: str, num_prompt_tokens: int,
     field, wanted = body.length_limit
     if wanted is None:
         return room if isinstance(body, ChatBody) else min(DEFAULT_COMPLETION_TOKENS, room)
-    if not 1 <= wanted <= room:
+    least = 0 if isinstance(body, CompletionBody) and body.echo else 1
+    if not least <= wanted <= room:
         raise ApiError(
             Outcome.INVALID,
-            f"{field} must be between 1 and {room} after {num_prompt_tokens} prompt tokens "
+            f"{field} must be between {least} and {room} after {num_prompt_tokens} prompt tokens "
             f"(the model's context holds {max_model_len}), got {wanted}",
             field,
         )

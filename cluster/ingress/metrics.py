@@ -44,11 +44,21 @@ COUNTERS: dict[str, tuple[str, Callable[[ReplicaReport], float]]] = {
 }
 
 
+MAX_FIELD_NAMES = 100  # unknown fields told apart; clients choose the names
+OTHER_FIELDS = "other"
+
+
 class RequestCounter:
-    """Requests of one ingress replica by endpoint and outcome."""
+    """Requests of one ingress replica by endpoint and outcome, and the fields in them that nobody reads."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, Outcome]] = Counter()
+        self.num_unknown_fields: Counter[tuple[str, str]] = Counter()  # (endpoint, field) |-> requests that had it
+
+    def count_unknown_fields(self, endpoint: str, names: Sequence[str]) -> None:
+        for name in names:
+            known = (endpoint, name) in self.num_unknown_fields or len(self.num_unknown_fields) < MAX_FIELD_NAMES
+            self.num_unknown_fields[endpoint, name if known else OTHER_FIELDS] += 1
 
     def count(self, endpoint: str, outcome: Outcome) -> None:
         self._counts[endpoint, outcome] += 1
@@ -128,6 +138,14 @@ def _ingress_metrics(requests: RequestCounter, num_held: int, ingress_id: str) -
     for endpoint, outcome, count in requests.items():
         counter.add_metric([ingress_id, endpoint, outcome.label], count)
     yield counter
+    unknown = CounterMetricFamily(
+        PREFIX + "http_unknown_fields",
+        "API requests with a field that nobody reads.",
+        labels=("ingress", "endpoint", "field"),
+    )
+    for (endpoint, field), count in sorted(requests.num_unknown_fields.items()):
+        unknown.add_metric([ingress_id, endpoint, field], count)
+    yield unknown
 
 
 def _labels(report: ReplicaReport) -> list[str]:

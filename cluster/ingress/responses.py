@@ -1,15 +1,17 @@
 """The OpenAI API's answers: from what the engine said to JSON objects, streamed and whole. Pure.
 
-A ``Choice`` collects one answer; an ``Endpoint`` knows the object names and the shape of text and logprobs.
+A ``Choice`` collects one answer; an ``Endpoint`` knows the object names and the shape of text and logprobs: see
+`chat_responses` and `completion_responses`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.ingress.tool_calls import ToolCallParser
 from engine.types import BrownoutUsage, FinishReason, RequestOutput, TokenLogprob, Usage
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's value for a token that cannot be
@@ -28,44 +30,53 @@ class Choice:
     """One answer of a response while it grows."""
 
     index: int
+    prompt_ids: Sequence[int] = ()
+    tool_parser: ToolCallParser | None = None
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    num_tokens: int = 0
     num_logprob_characters: int = 0  # of the tokens reported so far, for text_offset
 
     def take(self, output: RequestOutput) -> None:
         self.text += output.text
+        self.num_tokens += len(output.token_ids)
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + list(output.logprobs)
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = output.finish_reason or self.finish_reason
         self.usage = output.usage or self.usage
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(ABC):
-    """Base of the two shapes. ``created_s`` is Unix time; ``prefix_texts`` go before each choice's text (echo)."""
+    """Base of the two shapes. ``created_s`` is Unix time; ``prefix_texts`` go before each choice's text (echo);
+    ``service_tier`` is repeated as the client asked for it.
+    """
 
     response_id: str
     model: str
     created_s: int
     tokens: TokenTexts
     prefix_texts: Sequence[str] = ()
+    service_tier: str | None = None
 
     @abstractmethod
     def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
         """The whole answer, when it is not streamed."""
 
     @abstractmethod
-    def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any]:
-        """One streamed event; ``choice`` has not taken ``output`` yet."""
+    def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any] | None:
+        """One streamed event, None if there is nothing to say yet; ``choice`` has not taken ``output`` yet."""
 
     @abstractmethod
     def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The last event before [DONE], if the client asked for usage."""
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], usage: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {
+        envelope = {
             "id": self.response_id,
             "object": kind,
             "created": self.created_s,
@@ -73,123 +84,9 @@ class Endpoint(ABC):
             "choices": choices,
             "usage": usage,
         }
-
-    def _prefix(self, choice: Choice) -> str:
-        return self.prefix_texts[choice.index] if self.prefix_texts else ""
-
-
-class ChatEndpoint(Endpoint):
-    """chat.completion and chat.completion.chunk"""
-
-    __slots__ = ()
-
-    def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        return self._envelope(
-            "chat.completion",
-            [
-                {
-                    "index": choice.index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": self._logprobs(choice.logprobs),
-                    "finish_reason": _finish_reason(choice.finish_reason),
-                }
-                for choice in choices
-            ],
-            usage,
-        )
-
-    def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any]:
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if output.text or first:
-            delta["content"] = output.text
-        part = {
-            "index": choice.index,
-            "delta": delta,
-            "logprobs": self._logprobs(output.logprobs),
-            "finish_reason": _finish_reason(output.finish_reason),
-        }
-        return self._envelope("chat.completion.chunk", [part], None)
-
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        return self._envelope("chat.completion.chunk", [], usage)
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
-        content = [
-            {
-                **self._entry(token.token_id, token.logprob),
-                "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in token.top],
-            }
-            for token in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self.tokens.token_text(token_id),
-            "logprob": max(logprob, MIN_LOGPROB),
-            "bytes": list(self.tokens.token_bytes(token_id)),
-        }
-
-
-class CompletionEndpoint(Endpoint):
-    """text_completion, whole and streamed"""
-
-    __slots__ = ()
-
-    def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        parts = [
-            {
-                "index": choice.index,
-                "text": self._prefix(choice) + choice.text,
-                "logprobs": self._logprobs(choice, choice.logprobs),
-                "finish_reason": _finish_reason(choice.finish_reason),
-            }
-            for choice in choices
-        ]
-        return self._envelope("text_completion", parts, usage)
-
-    def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any]:
-        part = {
-            "index": choice.index,
-            "text": (self._prefix(choice) if first else "") + output.text,
-            "logprobs": self._logprobs(choice, output.logprobs),
-            "finish_reason": _finish_reason(output.finish_reason),
-        }
-        return self._envelope("text_completion", [part], None)
-
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        return self._envelope("text_completion", [], usage)
-
-    def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
-        shape = _CompletionLogprobs()
-        for token in logprobs:
-            text = self.tokens.token_text(token.token_id)
-            shape.tokens.append(text)
-            shape.token_logprobs.append(max(token.logprob, MIN_LOGPROB))
-            alternatives = {token.token_id: token.logprob, **dict(token.top)}  # OpenAI always lists the chosen one
-            shape.top_logprobs.append(
-                {self.tokens.token_text(token_id): max(value, MIN_LOGPROB) for token_id, value in alternatives.items()}
-            )
-            shape.text_offset.append(choice.num_logprob_characters)
-            choice.num_logprob_characters += len(text)
-        return {
-            "tokens": shape.tokens,
-            "token_logprobs": shape.token_logprobs,
-            "top_logprobs": shape.top_logprobs,
-            "text_offset": shape.text_offset,
-        }
-
-
-@dataclass(slots=True)
-class _CompletionLogprobs:
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[dict[str, float]] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
+        if self.service_tier is not None:
+            envelope["service_tier"] = self.service_tier
+        return envelope
 
 
 def usage_object(choices: Sequence[Choice], num_choices_per_prompt: int) -> dict[str, Any]:
@@ -204,6 +101,17 @@ def usage_object(choices: Sequence[Choice], num_choices_per_prompt: int) -> dict
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in of_prompts)},
         "brownout": brownout_object([usage.brownout for usage in usages], [_num_tokens(usage) for usage in usages]),
+    }
+
+
+def running_usage(choices: Sequence[Choice], num_choices_per_prompt: int) -> dict[str, Any]:
+    """Token counts up to now, for streams that want them with every event."""
+    num_prompt_tokens = sum(len(choice.prompt_ids) for choice in choices[::num_choices_per_prompt])
+    num_completion_tokens = sum(choice.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
     }
 
 
@@ -226,6 +134,6 @@ def _num_tokens(usage: Usage) -> int:
     return usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
 
 
-def _finish_reason(reason: FinishReason | None) -> str | None:
+def finish_reason(reason: FinishReason | None) -> str | None:
     """OpenAI knows "stop" and "length" of ours; the others never end a delivered answer."""
     return None if reason is None else reason.value

@@ -1,20 +1,22 @@
 """The OpenAI API's request bodies, read strictly: a wrong type is an error that names its field, not a guess.
 
-Unknown fields are accepted and ignored, as clients send many. Ranges are checked by the engine's SamplingParams, so
-that the library and the API agree. Null means "not given".
+Unknown fields are accepted, as clients send many; `GenerationBody.unknown_fields` names them. Ranges are checked by
+the engine's SamplingParams, so that the library and the API agree. Null means "not given".
 """
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from cluster.ingress.errors import ApiError, Outcome
 from engine.types import SamplingParams
 
 INT64 = 2**63
+INT32 = 2**31
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 
 
@@ -41,35 +43,48 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < INT64 for item in value)
 
 
-def _content(value: Any) -> Any:
-    """A message's text: a string, or an array of parts of type "text"."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise ValueError("must be a string or an array of content parts")
-    for part in value:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError('must hold parts {"type": "text", "text": "..."} only: this model reads text')
-    return "".join(part["text"] for part in value)
+Texts = Annotated[
+    list[str],
+    BeforeValidator(_texts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompts = Annotated[
+    list[str | list[int]],
+    BeforeValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                TOKEN_IDS,
+                {"type": "array", "items": TOKEN_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: token counts in every event
 
 
-class BrownoutOptions(_Body):
+class BrownoutOptions(Body):
     """A request's consent to be dimmed; ``max_loss`` is the quality loss it bears, in nats per token."""
 
     service_class: Literal["standard", "full"] | None = Field(default=None, alias="class")
     max_loss: Annotated[float, Field(ge=0)] | None = None
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both endpoints share."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
     model: str
     max_tokens: int | None = None
@@ -78,11 +93,14 @@ class GenerationBody(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str], BeforeValidator(_texts)] | None = None
+    stop: Texts | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
     # Beyond OpenAI, spelled as vLLM spells them.
     top_k: int | None = None
     min_p: float | None = None
@@ -91,16 +109,18 @@ class GenerationBody(_Body):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    priority: Annotated[int, Field(ge=-INT32, lt=INT32)] | None = None
     brownout: BrownoutOptions | None = None
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Names of the fields that the client sent and nobody reads."""
+        return tuple(self.model_extra or ())
 
     @property
     def num_choices(self) -> int:
         """Answers per prompt."""
         return self.n or 1
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def length_limit(self) -> tuple[str, int | None]:
@@ -112,7 +132,12 @@ class GenerationBody(_Body):
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None: no logprobs."""
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to report per token of the prompt; None: no logprobs of the prompt."""
+        return None
+
+    def sampling_params(self, max_tokens: int, grammar: str | None = None) -> SamplingParams:
         """For the first choice of a prompt. Raises InvalidRequestError."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         return SamplingParams(
@@ -121,6 +146,8 @@ class GenerationBody(_Body):
             logprobs=self.num_logprobs,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            prompt_logprobs=self.num_prompt_logprobs,
+            grammar=grammar,
             **given,
         )
 
@@ -140,58 +167,34 @@ _SAMPLING_FIELDS = (
 )
 
 
-class ChatMessage(_Body):
-    model_config = ConfigDict(extra="allow", strict=True)  # the chat template may use more of a message
-
-    role: str
-    content: Annotated[str, BeforeValidator(_content)] = ""
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions"""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-    @property
-    def length_limit(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(Outcome.INVALID, "top_logprobs needs logprobs to be true", "top_logprobs")
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Prompts
     logprobs: int | None = None
     echo: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
-        if self.echo and self.logprobs is not None:
-            raise ApiError(Outcome.INVALID, "logprobs of an echoed prompt are not supported", "echo")
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
-Body = TypeVar("Body", bound=GenerationBody)
+
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def parse_body(kind: type[Body], raw: bytes) -> Body:
-    """Raises ApiError (invalid) that names the first offending field."""
+def parse_body(kind: type[AnyBody], raw: bytes, **defaults: Any) -> AnyBody:
+    """Raises ApiError (invalid) that names the first offending field. ``defaults`` stand for what is not given."""
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ApiError(Outcome.INVALID, f"the request body is not UTF-8 (byte {error.start})") from error
     try:
+        if defaults:
+            raw = json.dumps({**defaults, **json.loads(raw)}).encode()
         return kind.model_validate_json(raw)
     except ValidationError as error:
         raise _invalid(error) from error

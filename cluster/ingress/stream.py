@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, to_api_error
-from cluster.ingress.responses import Choice, Endpoint, usage_object
+from cluster.ingress.responses import Choice, Endpoint, running_usage, usage_object
 from cluster.transport.channel import ReplicaLostError
 from engine.types import FinishReason, GenerationRequest, RequestOutput
 
 NUM_ATTEMPTS = 2
+MIN_SHARED_TOKENS = 32  # a shorter prompt costs less than the wait for its first choice
 DONE = b"data: [DONE]\n\n"
 
 
@@ -64,9 +65,17 @@ async def _within(outputs: AsyncIterator[RequestOutput], idle_timeout_s: float) 
 
 
 async def generate_all(
-    backend: Backend, requests: Sequence[GenerationRequest], arrived_s: float, idle_timeout_s: float
+    backend: Backend,
+    requests: Sequence[GenerationRequest],
+    arrived_s: float,
+    idle_timeout_s: float,
+    num_choices_per_prompt: int = 1,
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """(choice, output) of several choices as they come. The first failure ends them all."""
+    """(choice, output) of several choices as they come. The first failure ends them all.
+
+    The choices of one long prompt begin once the first of them has said something: by then the prompt is in the
+    prefix cache, and none of the others computes it again.
+    """
     if len(requests) == 1:
         async with aclosing(generate(backend, requests[0], arrived_s, idle_timeout_s)) as outputs:
             async for output in outputs:
@@ -74,10 +83,16 @@ async def generate_all(
         return
     merged: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
+    begun = [asyncio.Event() for _ in requests]
+
     async def pump(index: int, request: GenerationRequest) -> None:
+        leader = index - index % num_choices_per_prompt
         try:
+            if index != leader and len(request.prompt_ids) >= MIN_SHARED_TOKENS:
+                await begun[leader].wait()
             async with aclosing(generate(backend, request, arrived_s, idle_timeout_s)) as outputs:
                 async for output in outputs:
+                    begun[index].set()
                     merged.put_nowait((index, output))
         except Exception as error:
             merged.put_nowait((index, error))
@@ -97,12 +112,32 @@ async def generate_all(
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
+async def without_answer(
+    outputs: AsyncGenerator[tuple[int, RequestOutput], None],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The same without the one token that the engine generates for a request that wants its prompt back only."""
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            usage = output.usage and replace(output.usage, completion_tokens=0)
+            logprobs = None if output.logprobs is None else ()
+            reason = output.finish_reason and FinishReason.LENGTH
+            yield index, replace(output, token_ids=(), text="", logprobs=logprobs, usage=usage, finish_reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEvents:
+    """When a stream tells its token counts."""
+
+    at_end: bool = False
+    continuous: bool = False  # with every event
+
+
 async def sse_events(
     outputs: AsyncIterator[tuple[int, RequestOutput]],
     endpoint: Endpoint,
     choices: Sequence[Choice],
     num_choices_per_prompt: int,
-    include_usage: bool,
+    usage_events: UsageEvents,
     on_outcome: Callable[[Outcome], None],
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events as OpenAI sends them. A failure is an event ``{"error": ...}``, then the stream ends."""
@@ -111,10 +146,13 @@ async def sse_events(
         async for index, output in outputs:
             choice, first = choices[index], index not in started
             started.add(index)
-            if first or output.text or output.logprobs or output.finished:
-                yield _event(endpoint.chunk(choice, output, first))
+            chunk = endpoint.chunk(choice, output, first)
             choice.take(output)
-        if include_usage:
+            if chunk is not None:
+                if usage_events.continuous:
+                    chunk["usage"] = running_usage(choices, num_choices_per_prompt)
+                yield _event(chunk)
+        if usage_events.at_end:
             yield _event(endpoint.usage_chunk(usage_object(choices, num_choices_per_prompt)))
         yield DONE
         on_outcome(Outcome.OK)
@@ -133,8 +171,10 @@ class EventStreamResponse(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_end: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._events = events
         self._on_end = on_end
 

@@ -14,7 +14,8 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import IngressSection
-from cluster.ingress.routes import OpenAIService, create_api
+from cluster.ingress.routes import create_api
+from cluster.ingress.service import OpenAIService
 from engine.async_engine import AsyncEngine
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.types import BrownoutSetting
@@ -262,7 +263,8 @@ REFUSALS: list[tuple[str, Any, int, str | None]] = [
     ("completions", {**COMPLETION, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
     ("completions", {**COMPLETION, "logit_bias": [1]}, 400, "logit_bias"),
     ("completions", {**COMPLETION, "logprobs": 21}, 400, "logprobs"),
-    ("completions", {**COMPLETION, "logprobs": 1, "echo": True}, 400, "echo"),
+    ("completions", {**COMPLETION, "service_tier": "gold"}, 400, "service_tier"),
+    ("completions", {**COMPLETION, "priority": 2**40}, 400, "priority"),
     ("completions", {**COMPLETION, "seed": 2**64}, 400, "seed"),
     ("completions", {**COMPLETION, "stream": "yes"}, 400, "stream"),
     ("completions", {**COMPLETION, "brownout": {"class": "half"}}, 400, "brownout.class"),
@@ -339,7 +341,8 @@ async def test_more_requests_than_the_ingress_holds_are_refused_as_busy(client: 
 
 async def test_metrics_and_health(client: httpx.AsyncClient) -> None:
     await post(client, "completions", COMPLETION)
-    assert (await client.get("/health")).json() == {"status": "ok", "replicas": 1}
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.get("/ready")).json() == {"status": "ok", "replicas": 1}
     families = text_string_to_metric_families((await client.get("/metrics")).text)
     samples = {(sample.name, *sorted(sample.labels.items())): sample.value for f in families for sample in f.samples}
     replica = (("model", MODEL), ("replica", "only"))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from cluster.ingress.completion_responses import CompletionEndpoint
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.responses import Choice, CompletionEndpoint
-from cluster.ingress.stream import generate, generate_all, sse_events
+from cluster.ingress.responses import Choice
+from cluster.ingress.stream import UsageEvents, generate, generate_all, sse_events
 from cluster.reports import ReplicaReport
 from cluster.transport.channel import ReplicaLostError
 from engine.types import (
@@ -137,7 +138,7 @@ async def events_of(*script: Any) -> tuple[list[str], list[Outcome]]:
     outcomes: list[Outcome] = []
     endpoint = CompletionEndpoint("cmpl-r", "m", 0, tokens=None)
     outputs = generate_all(ScriptedBackend(list(script)), [REQUEST], time.monotonic(), 5.0)
-    events = sse_events(outputs, endpoint, [Choice(0)], 1, include_usage=True, on_outcome=outcomes.append)
+    events = sse_events(outputs, endpoint, [Choice(0)], 1, UsageEvents(at_end=True), outcomes.append)
     return [event.decode() async for event in events], outcomes
 
 

@@ -1,0 +1,163 @@
+"""POST /v1/chat/completions and /v1/completions: from the first byte of a body to the last event of its answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request, Response
+
+from cluster.ingress.chat_responses import ChatEndpoint
+from cluster.ingress.chat_schemas import ChatBody
+from cluster.ingress.completion_responses import CompletionEndpoint
+from cluster.ingress.errors import Outcome, json_response
+from cluster.ingress.jobs import Job, make_job
+from cluster.ingress.responses import Choice, Endpoint, usage_object
+from cluster.ingress.schemas import CompletionBody, GenerationBody, StreamOptions, parse_body
+from cluster.ingress.service import OpenAIService
+from cluster.ingress.stream import EventStreamResponse, UsageEvents, generate_all, sse_events, without_answer
+from cluster.ingress.tool_calls import ToolCallParser
+from cluster.ingress.visit import Visit
+from engine.types import RequestOutput
+
+LEVEL_HEADER = "x-brownout-level"
+IGNORED_HEADER = "x-ignored-fields"
+MAX_IGNORED_NAMED = 32
+MAX_NAME_CHARACTERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One generating route: its body, its answers' shape, the prefix of its response ids."""
+
+    name: str
+    path: str
+    body: type[GenerationBody]
+    endpoint: type[Endpoint]
+    id_prefix: str
+
+
+CHAT = Route("chat_completions", "/v1/chat/completions", ChatBody, ChatEndpoint, "chatcmpl-")
+COMPLETIONS = Route("completions", "/v1/completions", CompletionBody, CompletionEndpoint, "cmpl-")
+
+
+def add_routes(api: FastAPI, service: OpenAIService) -> None:
+    for route in (CHAT, COMPLETIONS):
+        api.post(route.path, name=route.name)(_endpoint(service, Generation(service, route)))
+
+
+def _endpoint(service: OpenAIService, generation: Generation) -> Callable[[Request], Awaitable[Response]]:
+    async def generate(request: Request) -> Response:
+        return await service.answer(request, generation.route.name, generation.handle)
+
+    return generate
+
+
+class Generation:
+    """One route's requests."""
+
+    def __init__(self, service: OpenAIService, route: Route) -> None:
+        self.route = route
+        self._service = service
+
+    async def handle(self, request: Request, visit: Visit) -> Response:
+        service = self._service
+        body = parse_body(self.route.body, await service.read_body(request))
+        service.check_model(body.model)
+        info = await service.backend.info()
+        traceparent = visit.trace.traceparent
+        job = await make_job(body, request.headers, visit.request_id, info, service.tokenizer, traceparent)
+        visit.begin(job.requests, bool(body.stream))
+        headers = self._ignored(body)
+        if body.stream:
+            return await self._streamed(visit, job, body, headers)
+        return await self._whole(visit, job, body, headers)
+
+    async def _whole(self, visit: Visit, job: Job, body: GenerationBody, headers: Mapping[str, str]) -> Response:
+        choices = _choices(job)
+        async with aclosing(self._outputs(visit, job)) as outputs:
+            async for index, output in outputs:
+                choices[index].take(output)
+        usage = usage_object(choices, job.num_choices_per_prompt)
+        visit.note_answer(choices)
+        answer = self._shape(visit, job, body).response(choices, usage)
+        visit.leave(Outcome.OK)
+        return json_response(answer, headers={**headers, LEVEL_HEADER: str(usage["brownout"]["level_peak"])})
+
+    async def _streamed(self, visit: Visit, job: Job, body: GenerationBody, headers: Mapping[str, str]) -> Response:
+        outputs = self._outputs(visit, job)
+        try:
+            first = await anext(outputs)  # a refusal still gets its own HTTP status
+        except BaseException:
+            await outputs.aclose()
+            raise
+
+        async def all_outputs() -> AsyncGenerator[tuple[int, RequestOutput], None]:
+            yield first
+            async for item in outputs:
+                yield item
+
+        async def end() -> None:
+            await outputs.aclose()
+            visit.note_answer(choices)
+            visit.leave(Outcome.DISCONNECTED)  # unless the stream has said how it ended
+
+        def on_outcome(outcome: Outcome) -> None:
+            visit.note_answer(choices)
+            visit.leave(outcome)
+
+        choices = _choices(job)
+        events = sse_events(
+            all_outputs(),
+            self._shape(visit, job, body),
+            choices,
+            job.num_choices_per_prompt,
+            _usage_events(body.stream_options),
+            on_outcome,
+        )
+        return EventStreamResponse(events, headers, end)
+
+    async def _outputs(self, visit: Visit, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        outputs = generate_all(
+            self._service.backend,
+            job.requests,
+            visit.arrived_s,
+            self._service.config.idle_timeout_s,
+            job.num_choices_per_prompt,
+        )
+        async with aclosing(without_answer(outputs) if job.echo_only else outputs) as items:
+            async for item in items:
+                visit.note_output()
+                yield item
+
+    def _shape(self, visit: Visit, job: Job, body: GenerationBody) -> Endpoint:
+        return self.route.endpoint(
+            response_id=self.route.id_prefix + visit.request_id,
+            model=self._service.model_name,
+            created_s=int(time.time()),
+            tokens=self._service.tokenizer,
+            prefix_texts=job.echo_texts,
+            service_tier=body.service_tier,
+        )
+
+    def _ignored(self, body: GenerationBody) -> dict[str, str]:
+        """A header with the names of fields that nobody reads, counted in /metrics as well."""
+        names = [name[:MAX_NAME_CHARACTERS] for name in body.unknown_fields]
+        self._service.counter.count_unknown_fields(self.route.name, names)
+        return {IGNORED_HEADER: ", ".join(map(quote, names[:MAX_IGNORED_NAMED]))} if names else {}
+
+
+def _choices(job: Job) -> list[Choice]:
+    return [
+        Choice(index, request.prompt_ids, ToolCallParser() if job.parses_tools else None)
+        for index, request in enumerate(job.requests)
+    ]
+
+
+def _usage_events(options: StreamOptions | None) -> UsageEvents:
+    if options is None:
+        return UsageEvents()
+    return UsageEvents(at_end=bool(options.include_usage), continuous=bool(options.continuous_usage_stats))

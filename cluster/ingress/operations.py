@@ -1,0 +1,86 @@
+"""What operators and their machines ask: /health, /ready, /metrics, /v1/models and /v1/brownout."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+
+from cluster.ingress.admin import BrownoutAdmin, PolicyBody, check_token, shown
+from cluster.ingress.errors import ApiError, Outcome, error_response, json_response
+from cluster.ingress.metrics import render
+from cluster.ingress.schemas import parse_body
+from cluster.ingress.service import OpenAIService
+from cluster.ingress.visit import Visit
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def add_routes(api: FastAPI, service: OpenAIService) -> None:
+    @api.get("/health")
+    async def health() -> Response:
+        """Liveness: 200 as long as this process answers."""
+        return json_response({"status": "ok"})
+
+    @api.get("/ready")
+    async def ready() -> Response:
+        """200 while at least one engine replica answers."""
+        num_replicas = len(await service.backend.reports())
+        status = "ok" if num_replicas else "unavailable"
+        return json_response({"status": status, "replicas": num_replicas}, 200 if num_replicas else 503)
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        reports = await service.backend.reports()
+        page = render(reports, service.counter, service.concurrency.num_held, service.ingress_id)
+        return Response(page, media_type=METRICS_TYPE)
+
+    @api.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [await _model_object(service)]})
+
+    @api.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        try:
+            service.check_model(name)
+        except ApiError as error:
+            return error_response(error)
+        return json_response(await _model_object(service))
+
+    async def read_brownout(request: Request, visit: Visit) -> Response:
+        status = await _admin(service).status()
+        visit.leave(Outcome.OK)
+        return json_response(shown(status))
+
+    async def set_brownout(request: Request, visit: Visit) -> Response:
+        check_token(request.headers.get("authorization"), service.config.admin_token)
+        body = parse_body(PolicyBody, await service.read_body(request))
+        await _admin(service).set_policy(body.law, body.level)
+        return await read_brownout(request, visit)
+
+    @api.get("/v1/brownout")
+    async def brownout(request: Request) -> Response:
+        return await service.answer(request, "brownout", read_brownout)
+
+    @api.put("/v1/brownout")
+    async def pin(request: Request) -> Response:
+        return await service.answer(request, "brownout", set_brownout)
+
+
+def _admin(service: OpenAIService) -> BrownoutAdmin:
+    if service.admin is None:
+        raise ApiError(Outcome.UNAVAILABLE, "this server has no controller")
+    return service.admin
+
+
+async def _model_object(service: OpenAIService) -> dict[str, object]:
+    described: dict[str, object] = {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.started_s,
+        "owned_by": "brownoutserve",
+    }
+    try:
+        info = await service.backend.info()
+    except ApiError:  # known by name even while no replica is up
+        return described
+    levels = {"num_levels": info.num_levels, "ladder_measured": info.ladder_measured}
+    return {**described, "max_model_len": info.max_model_len, "brownout": levels}

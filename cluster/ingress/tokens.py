@@ -1,0 +1,77 @@
+"""POST /tokenize and /detokenize: what a prompt costs, with vLLM's bodies and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import FastAPI, Request, Response
+from pydantic import Field, model_validator
+
+from cluster.ingress.chat_schemas import ChatBody
+from cluster.ingress.errors import ApiError, Outcome, json_response
+from cluster.ingress.jobs import encode, render_chat
+from cluster.ingress.schemas import Body, TokenId, parse_body
+from cluster.ingress.service import OpenAIService
+from cluster.ingress.visit import Visit
+
+
+class TokenizeBody(Body):
+    """A prompt, or a conversation with what shapes its prompt; fields as in /v1/chat/completions."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+    messages: list[dict[str, object]] | None = None
+    add_generation_prompt: bool | None = None
+    tools: list[dict[str, object]] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(Outcome.INVALID, "prompt or messages must be given, not both", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+
+
+def add_routes(api: FastAPI, service: OpenAIService) -> None:
+    @api.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await service.answer(request, "tokenize", handle_tokenize)
+
+    @api.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await service.answer(request, "detokenize", handle_detokenize)
+
+    async def handle_tokenize(request: Request, visit: Visit) -> Response:
+        raw = await service.read_body(request)
+        body = parse_body(TokenizeBody, raw)
+        service.check_model(body.model or service.model_name)
+        info = await service.backend.info()
+        tokenizer = service.tokenizer
+        if body.prompt is not None:
+            ids = await encode(body.prompt, "prompt", tokenizer, body.add_special_tokens)
+        else:
+            chat = parse_body(ChatBody, raw, model=service.model_name)
+            ids = await encode(render_chat(chat, tokenizer), "messages", tokenizer, add_special_tokens=False)
+        visit.leave(Outcome.OK)
+        texts = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+        answer = {"count": len(ids), "max_model_len": info.max_model_len, "tokens": list(ids), "token_strs": texts}
+        return json_response(answer)
+
+    async def handle_detokenize(request: Request, visit: Visit) -> Response:
+        body = parse_body(DetokenizeBody, await service.read_body(request))
+        service.check_model(body.model or service.model_name)
+        if body.tokens and max(body.tokens) >= service.tokenizer.vocab_size:
+            raise ApiError(
+                Outcome.INVALID,
+                f"tokens has {max(body.tokens)}; ids go up to {service.tokenizer.vocab_size - 1}",
+                "tokens",
+            )
+        visit.leave(Outcome.OK)
+        return json_response({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -1,0 +1,91 @@
+"""One API request's stay in the ingress: its place is taken once and given back once, it is counted and logged once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.ingress.errors import Outcome
+from cluster.ingress.limits import ConcurrencyLimit
+from cluster.ingress.metrics import RequestCounter
+from cluster.ingress.responses import Choice
+from cluster.ingress.trace import take_request_id, take_trace
+from cluster.logs import fields
+from engine.types import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Visit:
+    """``headers`` are the request's; ``endpoint`` is the label in metrics and log lines."""
+
+    def __init__(
+        self, limit: ConcurrencyLimit, counter: RequestCounter, endpoint: str, headers: Mapping[str, str]
+    ) -> None:
+        self.endpoint = endpoint
+        self.request_id = take_request_id(headers)
+        self.trace = take_trace(headers)
+        self.arrived_s = time.monotonic()
+        self._limit = limit
+        self._counter = counter
+        self._inside = False
+        self._ended = False
+        self._first_output_s: float | None = None
+        self._details: dict[str, Any] = {}
+
+    def enter(self) -> None:
+        """Raises ApiError (busy) when the ingress is full."""
+        self._limit.acquire()
+        self._inside = True
+
+    def begin(self, requests: Sequence[GenerationRequest], streams: bool) -> None:
+        """The engines are asked; what the log line says of it."""
+        self._details.update(
+            {"class": requests[0].service_class.value, "choices": len(requests), "stream": bool(streams)}
+        )
+
+    def note_output(self) -> None:
+        """The engines have said something."""
+        if self._first_output_s is None:
+            self._first_output_s = time.monotonic()
+
+    def note_answer(self, choices: Sequence[Choice]) -> None:
+        """What the answer cost; never what it says."""
+        usages = [choice.usage for choice in choices if choice.usage is not None]
+        self._details.update(
+            {
+                "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+                "completion_tokens": sum(usage.completion_tokens for usage in usages),
+                "level_peak": max((usage.brownout.level_peak for usage in usages), default=0),
+                "finish_reason": str(choices[0].finish_reason),
+            }
+        )
+
+    def leave(self, outcome: Outcome) -> None:
+        """Only the first call counts."""
+        if self._inside:
+            self._inside = False
+            self._limit.release()
+        if self._ended:
+            return
+        self._ended = True
+        self._counter.count(self.endpoint, outcome)
+        logger.info("request", extra=fields(self._line(outcome)))
+
+    def _line(self, outcome: Outcome) -> dict[str, Any]:
+        def ms_since_arrival(moment_s: float | None) -> float | None:
+            return None if moment_s is None else round((moment_s - self.arrived_s) * 1000, 3)
+
+        return {
+            "request_id": self.request_id,
+            "trace_id": self.trace.trace_id,
+            "span_id": self.trace.span_id,
+            "endpoint": self.endpoint,
+            "outcome": outcome.label,
+            "status": outcome.status,
+            "ttft_ms": ms_since_arrival(self._first_output_s),
+            "duration_ms": ms_since_arrival(time.monotonic()),
+            **self._details,
+        }
