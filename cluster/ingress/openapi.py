@@ -50,8 +50,9 @@ OPERATIONS = (
 
 def document(title: str, version: str) -> dict[str, Any]:
     """OpenAPI 3.1, of all routes."""
-    models = [answers.ErrorAnswer, *(model for o in OPERATIONS for model in (o.body, o.answer) if model)]
-    refs, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REFS)  # type: ignore[list-item]
+    models: list[type[BaseModel]] = [answers.ErrorAnswer]
+    models += [model for o in OPERATIONS for model in (o.body, o.answer) if model is not None]
+    refs, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REFS)
     schema_of = {model: ref for (model, _), ref in refs.items()}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
