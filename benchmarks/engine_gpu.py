@@ -9,22 +9,22 @@ import argparse
 import json
 import logging
 import math
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 from benchmarks.results import RESULTS, markdown_table, write_result
 from engine.attention.base import DecodeBackend
 from engine.attention.select import create_attention
-from engine.batch import AttentionMetadata, BatchBuilder, DecodeRow
+from engine.batch import AttentionMetadata, StepRows
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.pool.slots import ModelSlot, load_slot
-from engine.types import Levels, Phase
+from engine.types import Levels
 
 MODEL = Path(__file__).resolve().parents[1] / "deploy/models/qwen1.5-moe-a2.7b"
 WAYS = (2, 4, 8)
@@ -60,27 +60,23 @@ def deepest_levels(slot: ModelSlot) -> dict[str, int]:
     return {"level0": 0} | deepest
 
 
-def decode_rows(slot: ModelSlot, num_rows: int) -> list[DecodeRow]:
+def decode_rows(slot: ModelSlot, num_rows: int) -> StepRows:
     """Random tokens, each at the end of a context of its own."""
-    rng = random.Random(num_rows)
-    blocks_each = CONTEXT_TOKENS // slot.kv.block_size
-    return [
-        DecodeRow(
-            rng.randrange(slot.spec.vocab_size),
-            CONTEXT_TOKENS - 1,
-            list(range(1 + i * blocks_each, 1 + (i + 1) * blocks_each)),
-            exact=False,
-        )
-        for i in range(num_rows)
-    ]
+    token_ids = np.random.default_rng(num_rows).integers(slot.spec.vocab_size, size=num_rows)
+    tables = own_blocks(0, num_rows, CONTEXT_TOKENS // slot.kv.block_size)
+    return StepRows.decodes(token_ids, np.full(num_rows, CONTEXT_TOKENS - 1), tables)
+
+
+def own_blocks(first: int, num_sequences: int, blocks_each: int) -> np.ndarray:
+    """Block tables of the sequences from number ``first`` on, which share nothing."""
+    return (1 + first * blocks_each + np.arange(num_sequences * blocks_each, dtype=np.int32)).reshape(num_sequences, -1)
 
 
 def decode_step_ms(slot: ModelSlot, level: int, num_rows: int) -> float:
     """Milliseconds of GPU time per graph replay, gaps between replays included."""
     assert slot.graphs is not None
-    slot.graphs.run(decode_rows(slot, num_rows), Levels(decode=level))
-    size = slot.graphs.size_of(num_rows)
-    return time_ms(lambda: slot.graphs.replay(size))
+    slot.graphs.launch(decode_rows(slot, num_rows), Levels(decode=level))
+    return time_ms(lambda: slot.graphs.replay_decode(num_rows))
 
 
 def time_ms(launch: Callable[[], object]) -> float:
@@ -102,19 +98,17 @@ def time_ms(launch: Callable[[], object]) -> float:
 @torch.inference_mode()
 def prefill_tok_s(slot: ModelSlot, num_sequences: int, length: int) -> tuple[float, Callable[[], None]]:
     """Prompt tokens per second, in steps of whole sequences, host work included, best of three; and one such run."""
-    rng = random.Random(length)
-    blocks_each = length // slot.kv.block_size
-    per_step = max(1, PREFILL_STEP_TOKENS // length)
-    prompts = [[rng.randrange(slot.spec.vocab_size) for _ in range(length)] for _ in range(num_sequences)]
+    assert slot.graphs is not None
+    graphs, per_step = slot.graphs, max(1, PREFILL_STEP_TOKENS // length)
+    prompts = np.random.default_rng(length).integers(slot.spec.vocab_size, size=(num_sequences, length))
 
     def run() -> None:
+        steps = []
         for first in range(0, num_sequences, per_step):
-            builder = BatchBuilder(slot.kv.block_size)
-            for i, prompt in enumerate(prompts[first : first + per_step], start=first):
-                blocks = list(range(1 + i * blocks_each, 1 + (i + 1) * blocks_each))
-                builder.add(prompt, 0, blocks, Phase.PREFILL, exact=False, samples=True)
-            output = slot.model.forward(builder.build(Levels(), slot.device), slot.kv)
-            output.logits.argmax(-1).tolist()
+            tokens = prompts[first : first + per_step]
+            rows = StepRows.prompts(tokens, own_blocks(first, len(tokens), length // slot.kv.block_size), samples=True)
+            steps.append(graphs.launch(rows, Levels()))
+        steps[-1].token_ids()
 
     best_s = math.inf
     for _ in range(3):
@@ -191,9 +185,8 @@ def measure_profiles(slot: ModelSlot) -> Iterator[tuple[str, list[dict[str, floa
     assert slot.graphs is not None
     levels = deepest_levels(slot)
     for name, batch in (("level0", 1), ("level0", 64), (max(levels, key=levels.__getitem__), 64)):
-        slot.graphs.run(decode_rows(slot, batch), Levels(decode=levels[name]))
-        size = slot.graphs.size_of(batch)
-        yield f"{name} batch {batch}", profile(lambda size=size: slot.graphs.replay(size), REPLAYS)
+        slot.graphs.launch(decode_rows(slot, batch), Levels(decode=levels[name]))
+        yield f"{name} batch {batch}", profile(lambda batch=batch: slot.graphs.replay_decode(batch), REPLAYS)
     _, prefill = prefill_tok_s(slot, 8, 1024)
     yield "prefill 8x1024", profile(prefill, 1)
 

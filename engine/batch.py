@@ -1,19 +1,21 @@
-"""A step's inputs on the device, in one argument; there is no global context.
+"""A step's inputs, on the host and on the device, each in one argument; there is no global context.
 
 Rows are ordered: decode rows first (one per sequence), then the prefill chunks, sequence by sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.types import Levels, Phase
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     rows: RowInfo
     sequence_of_row: Tensor  # [T]
-    sample_rows: Tensor  # [N'], rows whose logits are wanted
+    logit_rows: Tensor  # [N'], rows whose logits are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,98 +57,114 @@ class ForwardOutput:
     dimmed_pairs: Tensor  # [T] int64: pairs of the row, over all layers, served by a united expert
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One sequence's next token: where it stands and whose blocks hold its context."""
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRows:
+    """A step on the host: N sequences in T rows."""
 
-    token_id: int
-    position: int
-    block_ids: list[int]
-    exact: bool
+    num_decodes: int
+    places: Array  # [N] place in the batch of each sequence
+    starts: Array  # [N] position of the first token to compute
+    counts: Array  # [N] tokens to compute
+    samples: Array  # [N] bool: the next token is wanted
+    num_logits: Array  # [N] last rows of which logits are wanted: 1 to sample, more for a prompt's own
+    exact: Array  # [N] bool
+    tables: Array  # [N, max_blocks] int32 block ids; entries beyond a sequence's tokens mean nothing
+    token_ids: Array  # [T]; -1 - place stands for that place's newest token, which only the device knows yet
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def ends(self) -> Array:
+        """[N] tokens with KV after this step."""
+        ends: Array = self.starts + self.counts
+        return ends
+
+    @property
+    def sequence_of_row(self) -> Array:
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @property
+    def sample_rows(self) -> Array:
+        last_rows: Array = np.cumsum(self.counts) - 1
+        return last_rows[self.samples]
+
+    @property
+    def logit_rows(self) -> Array:
+        row_ends, logit_ends = np.cumsum(self.counts), np.cumsum(self.num_logits)
+        rows: Array = np.arange(self.num_logits.sum()) + np.repeat(row_ends - logit_ends, self.num_logits)
+        return rows
+
+    def positions_and_slots(self, block_size: int) -> tuple[Array, Array]:
+        """[T] each: position in its sequence, and block * block_size + offset."""
+        sequences = self.sequence_of_row
+        first_rows = np.cumsum(self.counts) - self.counts
+        positions = np.arange(self.num_rows) + (self.starts - first_rows)[sequences]
+        slots: Array = self.tables[sequences, positions // block_size] * block_size + positions % block_size
+        return positions, slots
+
+    def prefill_starts(self) -> Array:
+        return np.concatenate(([0], np.cumsum(self.counts[self.num_decodes :])))
+
+    def phases(self) -> Array:
+        """[T]"""
+        phases = np.full(self.num_rows, int(Phase.PREFILL))
+        phases[: self.num_decodes] = int(Phase.DECODE)
+        return phases
+
+    @staticmethod
+    def decodes(token_ids: Array, positions: Array, tables: Array) -> StepRows:
+        """One row per sequence, all dimmable: for measurements. [N], [N], [N, max_blocks]"""
+        ones = np.ones(len(token_ids), dtype=int)
+        return StepRows(
+            len(ones), np.arange(len(ones)), positions, ones, ones > 0, ones, ones == 0, tables, token_ids
+        )  # fmt: skip
+
+    @staticmethod
+    def prompts(token_ids: Array, tables: Array, samples: bool) -> StepRows:
+        """Whole prompts of one length, all dimmable: for measurements and calibration. [N, length], [N, max_blocks]"""
+        num, length = token_ids.shape
+        places, ones = np.arange(num), np.ones(num, dtype=int)
+        wanted = ones * samples
+        return StepRows(
+            0, places, ones * 0, ones * length, wanted > 0, wanted, ones == 0, tables, token_ids.ravel()
+        )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeOutput:
-    """``token_ids`` are the greedy choices; ``logits`` [N, V] stay on the device until the next replay."""
+def to_device(
+    rows: StepRows, block_size: int, levels: Levels, device: torch.device, newest: Tensor | None = None
+) -> ForwardBatch:
+    """Fresh tensors for one step. ``newest`` [places] holds what negative token ids stand for."""
 
-    token_ids: list[int]
-    dimmed_pairs: list[int]
-    logits: Tensor
+    def put(values: Array, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
 
-
-class BatchBuilder:
-    """Collects sequences on the host, then copies the step's inputs to the device. Add decode rows first."""
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._num_decodes = 0
-        self._query_lens: list[int] = []
-        self._context_lens: list[int] = []
-        self._tables: list[list[int]] = []
-        self._num_rows = 0
-        self._token_ids: list[int] = []
-        self._positions: list[np.ndarray] = []  # one array per sequence, like the next
-        self._slots: list[np.ndarray] = []
-        self._phase: list[int] = []
-        self._exact: list[bool] = []
-        self._sample_rows: list[int] = []
-
-    def add(
-        self,
-        token_ids: list[int],
-        start: int,
-        block_ids: list[int],
-        phase: Phase,
-        exact: bool,
-        samples: int,
-    ) -> None:
-        """Rows for the tokens at positions [start, start + len(token_ids)) of one sequence.
-
-        The last ``samples`` of them get logits.
-        """
-        size, end = self._block_size, start + len(token_ids)
-        table = block_ids[: -(-end // size)]
-        positions = np.arange(start, end)
-        self._num_decodes += phase is Phase.DECODE
-        self._query_lens.append(len(token_ids))
-        self._context_lens.append(end)
-        self._tables.append(table)
-        self._token_ids += token_ids
-        self._positions.append(positions)
-        self._slots.append(np.asarray(table)[positions // size] * size + positions % size)
-        self._phase.append(int(phase))
-        self._exact.append(exact)
-        self._num_rows += len(token_ids)
-        self._sample_rows += range(self._num_rows - samples, self._num_rows)
-
-    def build(self, levels: Levels, device: torch.device) -> ForwardBatch:
-        width = max(map(len, self._tables))
-
-        def ints(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        def of_rows(values: Sequence[int]) -> Tensor:
-            """One value per sequence, repeated for each of its rows."""
-            return torch.from_numpy(np.repeat(np.asarray(values), self._query_lens)).to(device)
-
-        return ForwardBatch(
-            token_ids=torch.from_numpy(np.asarray(self._token_ids)).to(device),
-            positions=torch.from_numpy(np.concatenate(self._positions)).to(device),
-            attention=AttentionMetadata(
-                num_decodes=self._num_decodes,
-                query_lens=tuple(self._query_lens),
-                context_lens=tuple(self._context_lens),
-                prefill_starts_dev=ints([0, *accumulate(self._query_lens[self._num_decodes :])], torch.int32),
-                context_lens_dev=ints(self._context_lens, torch.int32),
-                block_table=ints([table + [0] * (width - len(table)) for table in self._tables], torch.int32),
-                slot_mapping=torch.from_numpy(np.concatenate(self._slots)).to(device),
-            ),
-            rows=RowInfo(
-                phase=of_rows(self._phase),
-                exact=of_rows(self._exact),
-                valid=torch.ones(self._num_rows, dtype=torch.bool, device=device),
-                levels=ints([levels.prefill, levels.decode]),
-            ),
-            sequence_of_row=of_rows(range(len(self._query_lens))),
-            sample_rows=ints(self._sample_rows),
-        )
+    positions, slots = rows.positions_and_slots(block_size)
+    sequences, ends = rows.sequence_of_row, rows.ends
+    width = int(-(-ends.max() // block_size))
+    used = np.arange(width) < -(-ends[:, None] // block_size)
+    token_ids = put(rows.token_ids)
+    if newest is not None and (rows.token_ids < 0).any():
+        token_ids = torch.where(token_ids < 0, newest[(-1 - token_ids).clamp(min=0)], token_ids)
+    return ForwardBatch(
+        token_ids=token_ids,
+        positions=put(positions),
+        attention=AttentionMetadata(
+            num_decodes=rows.num_decodes,
+            query_lens=tuple(rows.counts.tolist()),
+            context_lens=tuple(ends.tolist()),
+            prefill_starts_dev=put(rows.prefill_starts(), torch.int32),
+            context_lens_dev=put(ends, torch.int32),
+            block_table=put(np.where(used, rows.tables[:, :width], 0), torch.int32),
+            slot_mapping=put(slots),
+        ),
+        rows=RowInfo(
+            phase=put(rows.phases()),
+            exact=put(rows.exact[sequences], torch.bool),
+            valid=torch.ones(rows.num_rows, dtype=torch.bool, device=device),
+            levels=torch.tensor([levels.prefill, levels.decode], device=device),
+        ),
+        sequence_of_row=put(sequences),
+        logit_rows=put(rows.logit_rows),
+    )

@@ -47,7 +47,7 @@ class Brownout:
         self._may_dim = may_dim
         self.governor = GovernorState.initial(model)
         self.levels = Levels()  # of the last step
-        self._step_started_s = self._step_ended_s = float("inf")
+        self._step_ended_s = float("inf")
         self._in_force = (EXACT, float("inf"))  # newest setting and when its lease ends; replaced as one
 
     def apply(self, setting: BrownoutSetting, now_s: float) -> bool:
@@ -79,25 +79,24 @@ class Brownout:
         setting = self.setting(now_s) if self._may_dim else EXACT
         observation = self._observe(scheduler, batch, now_s)
         self.governor, self.levels = choose_levels(self.governor, setting, observation, now_s)
-        self._step_started_s = now_s
         return self.levels
 
-    def predict_step_s(self, batch: ScheduledBatch) -> float | None:
-        """How long the batch should take at the levels chosen for it; None where `learn_step` would not learn from it.
+    def predict_step_s(self, batch: ScheduledBatch, levels: Levels) -> float | None:
+        """How long the batch should take at ``levels``; None where `learn_step` would not learn from it.
 
         Call it before `learn_step`, or the prediction would know the answer.
         """
-        level = self._level_of(batch)
+        level = _level_of(batch, levels)
         return None if level is None else self.governor.model.predict_s(level, batch.num_tokens)
 
-    def learn_step(self, batch: ScheduledBatch, step_time_s: float) -> None:
-        """Correct the step-time model, if both phases ran at one level.
+    def learn_step(self, batch: ScheduledBatch, levels: Levels, step_time_s: float, now_s: float) -> None:
+        """A step ended at ``now_s``: correct the step-time model, if both phases ran at one level.
 
         Some rows that refuse to be dimmed make their step slower than its level promises: the trim carries that, so
         that the others are dimmed more. With no other rows the step ran at level 0.
         """
-        self._step_ended_s = self._step_started_s + step_time_s
-        level = self._level_of(batch)
+        self._step_ended_s = now_s
+        level = _level_of(batch, levels)
         if level is not None:
             self.governor = observe_step(self.governor, level, batch.num_tokens, step_time_s)
 
@@ -110,12 +109,6 @@ class Brownout:
     def predicted_step_s(self, level: int) -> float:
         """At the recent batch shape."""
         return self.governor.smoothed_s[level]
-
-    def _level_of(self, batch: ScheduledBatch) -> int | None:
-        """The one level at which the whole batch runs; None if its phases differ."""
-        if all(item.sequence.exact for item in batch):
-            return 0
-        return self.levels.decode if self.levels.prefill == self.levels.decode or not batch.prefills else None
 
     def _observe(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> StepObservation:
         waiting = []
@@ -138,3 +131,10 @@ class Brownout:
             max_num_seqs=self._config.max_num_seqs,
             prefill_tokens_per_step=self._config.max_num_batched_tokens - batch.num_decode_tokens,
         )
+
+
+def _level_of(batch: ScheduledBatch, levels: Levels) -> int | None:
+    """The one level at which the whole batch runs; None if its phases differ."""
+    if all(item.sequence.exact for item in batch):
+        return 0
+    return levels.decode if levels.prefill == levels.decode or not batch.prefills else None

@@ -179,6 +179,7 @@ class EngineConfig:
     attention: str = "auto"
     kernels: str = "auto"  # auto: triton on a GPU, else torch, the plain reference
     cuda_graphs: bool = True  # decode steps replay CUDA graphs, where kernels and attention can
+    overlap_steps: bool | None = None  # launch a step before the last one's tokens are known; default: with CUDA graphs
     num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
     stream_interval_s: float = 0.02  # a stream's tokens are sent at most this often; the first goes at once
 

@@ -1,6 +1,7 @@
 """One replica's inference engine; read this file first.
 
-A step: schedule a batch, let the governor choose its brownout level, run it, hand out what it produced.
+A step: schedule a batch, let the governor choose its brownout level, run it, hand out what it produced. On a GPU
+steps overlap: the next one is launched before the last one's tokens are known, so the card never waits for the host.
 
     engine = Engine(EngineConfig(ModelConfig("path/of/a/model")))
     engine.add(GenerationRequest("a", tuple(engine.tokenizer.encode("Hello"))))
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine.brownout import Brownout
 from engine.config import EngineConfig
@@ -24,7 +26,7 @@ from engine.pool.slots import ModelSlot, load_slot
 from engine.profile import profile_steps
 from engine.request_log import RequestLog
 from engine.request_state import RequestState
-from engine.runner import Runner, StepResult
+from engine.runner import LaunchedStep, Runner, StepResult
 from engine.scheduler.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.telemetry import StepRecord, TelemetryRecorder
 from engine.tokenizer import load_tokenizer
@@ -43,6 +45,14 @@ from engine.types import (
 EXPERT_LOAD_PERIOD_S = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class _StepUnderWay:
+    batch: ScheduledBatch
+    levels: Levels
+    launched: LaunchedStep
+    setting_version: int
+
+
 class Engine:
     """Loads a model and serves it. Raises ConfigError or CheckpointError when it cannot."""
 
@@ -51,12 +61,15 @@ class Engine:
         self._clock = clock
         self.tokenizer = load_tokenizer(config.model.path)
         slot = load_slot(config)
-        self._runner: Runner | None = Runner(slot)
+        self._runner: Runner | None = Runner(slot, config.scheduler.max_num_seqs)
         blocks = BlockManager(slot.kv.num_blocks, slot.kv.block_size, config.cache.prefix_caching)
         self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
         self.recorder = TelemetryRecorder(config.slo, clock())
         self.request_log = RequestLog()
         self._requests: dict[str, RequestState] = {}
+        self._under_way: _StepUnderWay | None = None
+        self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
+        self._held_outputs: list[RequestOutput] = []
         self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
@@ -88,7 +101,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._runner is not None and self.scheduler.has_work
+        """Whether a step would bring anything about."""
+        return bool(self._held_outputs) or (self._runner is not None and self.scheduler.has_work)
 
     def add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
         """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed.
@@ -120,6 +134,7 @@ class Engine:
         """Give up the model between two steps; requests stay, and nothing here refers to the slot any more."""
         if self._runner is None:
             raise RuntimeError("the engine has no model to leave")
+        self._held_outputs += self._finish_step()
         slot, self._runner = self._runner.slot, None
         return slot
 
@@ -127,26 +142,52 @@ class Engine:
         """Go on with a slot that this engine left."""
         if self._runner is not None:
             raise RuntimeError("the engine already has a model")
-        self._runner = Runner(slot)
+        self._runner = Runner(slot, self.config.scheduler.max_num_seqs)
 
     # The step
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns what each request gained by it."""
+        """Run one step, or begin it and end the one before; returns what each request gained."""
+        outputs, self._held_outputs = self._held_outputs, []
         if self._runner is None:
-            return []
+            return outputs
+        if self._under_way is not None and not self._may_overlap():
+            outputs += self._finish_step()
+        launched = self._launch_step(self._runner)
+        outputs += self._finish_step()
+        self._under_way = launched
+        if launched is not None and not self._may_overlap():
+            outputs += self._finish_step()
+        return outputs
+
+    def _may_overlap(self) -> bool:
+        """A request whose next token depends on more than the model's logits waits for the host to know the last."""
+        return self._overlaps and all(
+            self._requests[sequence.request_id].sampling.takes_argmax for sequence in self.scheduler.running
+        )
+
+    def _launch_step(self, runner: Runner) -> _StepUnderWay | None:
         now_s = self._clock()
         batch = self.scheduler.schedule(now_s)
         self._num_preemptions += batch.num_preempted
         self.recorder.record_preemption(batch.num_preempted)
         if not batch:
-            return []
+            return None
         levels = self.brownout.choose(self.scheduler, batch, now_s)
-        sampling = {item.sequence.request_id: self._requests[item.sequence.request_id].sampling for item in batch}
-        result = self._runner.run(batch, self.scheduler.blocks, levels, sampling)
-        self.scheduler.commit(batch, levels)
-        self._record_step(batch, levels, result)
-        return self._collect(batch, levels, result, self.brownout.setting(now_s).version)
+        states = [self._requests[item.sequence.request_id].sampling for item in batch]
+        launched = runner.launch(batch, self.scheduler.blocks, levels, states)
+        self.scheduler.launch(batch)
+        return _StepUnderWay(batch, levels, launched, self.brownout.setting(now_s).version)
+
+    def _finish_step(self) -> list[RequestOutput]:
+        """Wait for the step under way, if any, and hand out what it produced."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return []
+        result = step.launched.wait()
+        self.scheduler.commit(step.batch, step.levels)
+        self._record_step(step.batch, step.levels, result)
+        return self._collect(step.batch, step.levels, result, step.setting_version)
 
     def _record_step(self, batch: ScheduledBatch, levels: Levels, result: StepResult) -> None:
         self._num_steps += 1
@@ -157,13 +198,13 @@ class Engine:
                 decode_tokens=batch.num_decode_tokens,
                 levels=levels,
                 step_time_s=result.step_time_s,
-                predicted_s=self.brownout.predict_step_s(batch),
+                predicted_s=self.brownout.predict_step_s(batch, levels),
                 routed_pairs=batch.num_tokens * self._pairs_per_token,
                 dimmed_pairs=sum(result.dimmed_pairs),
                 spent=self._spent(batch, levels),
             )
         )
-        self.brownout.learn_step(batch, result.step_time_s)
+        self.brownout.learn_step(batch, levels, result.step_time_s, self._clock())
         self._record_experts()
 
     def _spent(self, batch: ScheduledBatch, levels: Levels) -> dict[ServiceClass, tuple[int, float]]:
@@ -193,7 +234,9 @@ class Engine:
         now_s = self._clock()
         outputs = []
         for index, item in enumerate(batch):
-            state = self._requests[item.sequence.request_id]
+            state = self._requests.get(item.sequence.request_id)
+            if state is None or state.sequence is not item.sequence:
+                continue  # it ended while this step was under way
             self._charge(item, levels, result.dimmed_pairs[index], setting_version)
             token_id = result.token_ids[index]
             if token_id is None:

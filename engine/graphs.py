@@ -1,146 +1,257 @@
-"""CUDA graphs of the decode step, one for each of a few batch sizes; a batch is padded to the next.
+"""CUDA graphs of the step: whole decode steps, and the parts between two attentions of steps with prompts in them.
 
-Everything that changes between steps, the brownout levels included, is read from static buffers, so a graph is captured
-once. Padding rows write their KV to block 0 and get no expert.
+A step is padded to the next of a few sizes. Everything that changes between steps, the brownout levels included, is
+read from fixed addresses, so a graph is captured once. Attention over prompts depends on lengths that the host knows
+and runs between the parts; steps beyond the largest size run their parts without graphs, bound by the card anyway.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.batch import AttentionMetadata, DecodeOutput, DecodeRow, ForwardBatch, RowInfo
+from engine.batch import ForwardBatch, StepRows
 from engine.kv_cache.storage import KvStorage
 from engine.layers.fused import argmax
 from engine.models.decoder import Decoder
-from engine.types import Levels, Phase
+from engine.static_inputs import StaticInputs
+from engine.types import Levels
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-TOKEN_ID, POSITION, CONTEXT_LEN, SLOT, EXACT, VALID = range(6)  # rows of the scalar inputs
+DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+ROW_SIZES = (
+    *range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)
+)  # fmt: skip
+NUM_RESULT_BUFFERS = 2  # one is read by the host while the next step writes the other
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
+class _Whole:
+    """A graph that ends with the choice of tokens."""
+
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # [size, V]
-    results: Tensor  # [2, size] int64: greedy token, dimmed pairs
-    host_results: Tensor  # the same in pinned memory, written by the graph
 
 
-class DecodeGraphs:
-    """Captured at start for batches of up to ``max_batch`` sequences; larger batches run without a graph."""
+class GraphStep:
+    """A launched step. Its logits stay valid until the next launch."""
 
-    def __init__(self, model: Decoder, kv: KvStorage, max_model_len: int, max_batch: int, device: torch.device) -> None:
-        self._model, self._kv = model, kv
-        sizes = [size for size in BATCH_SIZES if size < max_batch]
-        self._sizes = [*sizes, min(max_batch, BATCH_SIZES[-1])]
-        self.max_batch = self._sizes[-1]
-        width = -(-max_model_len // kv.block_size)
-        self._host_scalars, self._scalars = _twin_buffers((6, self.max_batch), device)
-        self._host_levels, self._levels = _twin_buffers((2,), device)
-        self._host_table, self._table = _twin_buffers((self.max_batch, width), device)
-        self._phase = torch.full((self.max_batch,), int(Phase.DECODE), dtype=torch.int32, device=device)
-        self._row_numbers = torch.arange(self.max_batch, device=device)
-        self._done = torch.cuda.Event()
-        self._scalars[CONTEXT_LEN] = 1
+    def __init__(self, host_results: Tensor, done: torch.cuda.Event, rows: StepRows, logits: Tensor) -> None:
+        self._host_results, self._done = host_results, done
+        self._num_sequences, self._num_samples = len(rows.places), int(rows.samples.sum())
+        self.logits = logits  # [logit rows, V]
+
+    def token_ids(self) -> list[int]:
+        """Greedy choices of the sequences that sample; waits for the step."""
+        self._done.synchronize()
+        return self._host_results[0, : self._num_samples].tolist()
+
+    def dimmed_pairs(self) -> list[int]:
+        """Of every sequence; waits for the step."""
+        self._done.synchronize()
+        return self._host_results[1, : self._num_sequences].tolist()
+
+
+class StepGraphs:
+    """Captured at start. ``decode_graphs`` False: the decode attention cannot be captured, all steps run in parts."""
+
+    def __init__(
+        self, model: Decoder, kv: KvStorage, max_model_len: int, max_num_seqs: int, max_rows: int,
+        decode_graphs: bool, device: torch.device,
+    ) -> None:  # fmt: skip
         started_s = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        self._captured = {size: self._capture(size, pool) for size in reversed(self._sizes)}
-        logger.info("%d decode graphs captured in %.1f s", len(self._sizes), time.perf_counter() - started_s)
+        self.max_num_seqs = max_num_seqs
+        self._model, self._kv, self._num_layers = model, kv, len(model.layers)
+        max_rows = max(max_rows, max_num_seqs, ROW_SIZES[0])
+        max_blocks = -(-max_model_len // kv.block_size)
+        self._inputs = StaticInputs(max_rows, max_num_seqs, max_blocks, kv.block_size, device)
+        self._results = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
+        self._host_results = [
+            torch.zeros_like(self._results, device="cpu").pin_memory() for _ in range(NUM_RESULT_BUFFERS)
+        ]
+        self._turn = 0
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(priority=-1)  # small kernels of the main chain go before the shared expert's
+        sequence_sizes = _sizes_up_to(max_num_seqs, DECODE_SIZES)
+        self._decodes: dict[int, _Whole] = {}
+        if decode_graphs:
+            sizes = [size for size in sequence_sizes if size <= DECODE_SIZES[-1]]
+            self._decodes = {size: self._capture_whole(self._decode_of(size)) for size in reversed(sizes)}
+        row_sizes = [size for size in _sizes_up_to(max_rows, ROW_SIZES) if size <= ROW_SIZES[-1]]
+        self._queries, self._attended, self._normed = self._buffers(max_rows)
+        self._parts = {size: self._capture_parts(size) for size in reversed(row_sizes)}
+        self._heads = {size: self._capture_whole(self._head_of(size)) for size in reversed(sequence_sizes)}
+        logger.info(
+            "CUDA graphs: %d decode sizes, %d step sizes, captured in %.1f s",
+            len(self._decodes), len(self._parts), time.perf_counter() - started_s,
+        )  # fmt: skip
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[DecodeRow], levels: Levels) -> DecodeOutput:
-        """One decode step of at most ``max_batch`` sequences."""
-        size = self.size_of(len(rows))
-        self._fill(rows, levels, size)
-        captured = self._captured[size]
-        captured.graph.replay()
-        self._done.record()
-        self._done.synchronize()
-        token_ids, dimmed_pairs = captured.host_results[:, : len(rows)].tolist()
-        return DecodeOutput(token_ids, dimmed_pairs, captured.logits[: len(rows)])
+    def launch(self, rows: StepRows, levels: Levels) -> GraphStep:
+        """Begin a step behind those already launched."""
+        num_sequences = len(rows.places)
+        if rows.num_decodes == num_sequences and num_sequences <= max(self._decodes, default=0):
+            size = _padded(num_sequences, self._decodes)
+            self._inputs.fill(rows, levels, size, size)
+            whole = self._decodes[size]
+            whole.graph.replay()
+            logits = whole.logits[:num_sequences]
+        else:
+            self._run_parts(rows, levels)
+            logits = self._run_head(rows)
+        self._turn = (self._turn + 1) % NUM_RESULT_BUFFERS
+        host_results, done = self._host_results[self._turn], torch.cuda.Event()
+        host_results.copy_(self._results, non_blocking=True)
+        done.record()
+        return GraphStep(host_results, done, rows, logits)
 
-    def replay(self, size: int) -> None:
-        """Run the graph of ``size`` rows again on the inputs of the last run, without waiting: for measurements."""
-        self._captured[size].graph.replay()
+    def replace_newest(self, rows: StepRows, token_ids: list[int]) -> None:
+        """The sequences that sample got other tokens than the greedy ones."""
+        device = self._results.device
+        places = torch.from_numpy(rows.places[rows.samples]).to(device)
+        self._inputs.newest[places] = torch.tensor(token_ids, dtype=torch.int32, device=device)
 
-    def size_of(self, num_rows: int) -> int:
-        """The batch size that ``num_rows`` rows are padded to."""
-        return next(size for size in self._sizes if size >= num_rows)
+    def replay_decode(self, num_sequences: int) -> None:
+        """Run a decode graph again on the inputs of the last launch, without waiting: for measurements."""
+        self._decodes[_padded(num_sequences, self._decodes)].graph.replay()
 
-    def _fill(self, rows: Sequence[DecodeRow], levels: Levels, size: int) -> None:
-        num_rows, block_size = len(rows), self._kv.block_size
-        positions = [row.position for row in rows]
-        slots = [
-            row.block_ids[p // block_size] * block_size + p % block_size for row, p in zip(rows, positions, strict=True)
-        ]
-        scalars = self._host_scalars.numpy()
-        scalars[:, num_rows:size] = 0
-        scalars[CONTEXT_LEN, num_rows:size] = 1
-        scalars[TOKEN_ID, :num_rows] = [row.token_id for row in rows]
-        scalars[POSITION, :num_rows] = positions
-        scalars[CONTEXT_LEN, :num_rows] = [p + 1 for p in positions]
-        scalars[SLOT, :num_rows] = slots
-        scalars[EXACT, :num_rows] = [row.exact for row in rows]
-        scalars[VALID, :num_rows] = 1
-        table = self._host_table.numpy()
-        for index, row in enumerate(rows):
-            table[index, : len(row.block_ids)] = row.block_ids
-        self._host_levels.numpy()[:] = levels.prefill, levels.decode
-        self._scalars.copy_(self._host_scalars, non_blocking=True)
-        self._levels.copy_(self._host_levels, non_blocking=True)
-        self._table[:num_rows].copy_(self._host_table[:num_rows], non_blocking=True)
+    # Decode steps
 
-    def _batch(self, size: int) -> ForwardBatch:
-        """The static inputs of ``size`` rows."""
-        scalars = self._scalars[:, :size]
-        return ForwardBatch(
-            token_ids=scalars[TOKEN_ID],
-            positions=scalars[POSITION],
-            attention=AttentionMetadata(
-                num_decodes=size,
-                query_lens=(1,) * size,
-                context_lens=(),
-                prefill_starts_dev=self._levels[:0],
-                context_lens_dev=scalars[CONTEXT_LEN],
-                block_table=self._table[:size],
-                slot_mapping=scalars[SLOT],
-            ),
-            rows=RowInfo(self._phase[:size], scalars[EXACT], scalars[VALID], self._levels),
-            sequence_of_row=self._phase[:0],
-            sample_rows=self._row_numbers[:size],
+    def _decode_of(self, size: int) -> Callable[[], Tensor]:
+        layout = self._inputs.device_layout(size, size)
+        layout.context_lens.fill_(1)
+        layout.sample_places.fill_(self.max_num_seqs)
+
+        def compute() -> Tensor:
+            output = self._model.forward(self._inputs.batch(layout), self._kv)
+            self._results[1, :size] = output.dimmed_pairs
+            self._choose(output.logits, layout.sample_places)
+            return output.logits
+
+        return compute
+
+    def _choose(self, logits: Tensor, places: Tensor) -> None:
+        token_ids = argmax(logits)
+        self._results[0, : len(logits)] = token_ids
+        self._inputs.newest[places] = token_ids.int()
+
+    # Steps in parts
+
+    def _run_parts(self, rows: StepRows, levels: Levels) -> None:
+        model, kv, num_rows = self._model, self._kv, rows.num_rows
+        size = _padded(num_rows, self._parts) if num_rows <= max(self._parts) else num_rows
+        self._inputs.fill(rows, levels, size, self.max_num_seqs)
+        layout = self._inputs.device_layout(size, self.max_num_seqs)
+        batch = self._inputs.batch(layout, rows)
+        parts = [graph.replay for graph in self._parts[size]] if size in self._parts else self._parts_of(size)
+        for index, run_part in enumerate(parts):
+            run_part()
+            if index < self._num_layers:
+                self._attended[:num_rows] = model.attend(index, self._queries[:num_rows], batch, kv)
+
+    def _run_head(self, rows: StepRows) -> Tensor:
+        """Choose tokens after the parts; returns the wanted logits."""
+        num_samples, num_logits = int(rows.samples.sum()), int(rows.num_logits.sum())
+        whole = self._heads[_padded(num_samples, self._heads)]
+        if num_samples:
+            whole.graph.replay()
+        if num_logits == num_samples:
+            return whole.logits[:num_samples]
+        return self._model.logits(self._normed[torch.from_numpy(rows.logit_rows).to(self._normed.device)])
+
+    def _parts_of(self, size: int) -> list[Callable[[], None]]:
+        """The step but for attention: up to the first one, between two, and after the last."""
+        model, kv, layout = self._model, self._kv, self._inputs.device_layout(size, self.max_num_seqs)
+        state: dict[str, Any] = {}
+
+        def begin() -> None:
+            state["batch"] = self._inputs.batch(layout)
+            state["hidden"], queries = model.begin(state["batch"], kv)
+            self._queries[:size] = queries
+
+        def advance(index: int) -> None:
+            batch: ForwardBatch = state["batch"]
+            state["hidden"], queries = model.advance(index, state["hidden"], self._attended[:size], batch, kv)
+            if index + 1 < self._num_layers:
+                self._queries[:size] = queries
+                return
+            hidden = state.pop("hidden")
+            self._normed[:size] = hidden.normed
+            self._results[1].zero_().index_add_(0, layout.sequences, hidden.dimmed_pairs.long())
+
+        return [begin, *(lambda index=index: advance(index) for index in range(self._num_layers))]
+
+    def _head_of(self, size: int) -> Callable[[], Tensor]:
+        """The choice of tokens after a step in parts. The arrays of sequences stand at the same address in each."""
+        layout = self._inputs.device_layout(ROW_SIZES[0], self.max_num_seqs)
+
+        def compute() -> Tensor:
+            logits = self._model.logits(self._normed[layout.sample_rows[:size]])
+            self._choose(logits, layout.sample_places[:size])
+            return logits
+
+        return compute
+
+    def _buffers(self, max_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, attention's results and last hidden states of a step in parts, [max_rows, ...]."""
+        layout = self._inputs.device_layout(1, self.max_num_seqs)
+        with torch.inference_mode():
+            hidden, queries = self._model.begin(self._inputs.batch(layout), self._kv)
+        queries_of_rows = queries.new_zeros(max_rows, *queries.shape[1:])
+        return (
+            queries_of_rows,
+            torch.zeros_like(queries_of_rows),
+            hidden.normed.new_zeros(max_rows, hidden.normed.shape[1]),
         )
 
+    # Capture
+
+    def _capture_whole(self, compute: Callable[[], Tensor]) -> _Whole:
+        self._warm_up([compute])
+        graph, logits = self._capture(compute)
+        return _Whole(graph, logits)
+
+    def _capture_parts(self, size: int) -> list[torch.cuda.CUDAGraph]:
+        self._warm_up(self._parts_of(size))
+        return [self._capture(part)[0] for part in self._parts_of(size)]
+
     @torch.inference_mode()
-    def _capture(self, size: int, pool: Any) -> _Captured:
-        batch = self._batch(size)
-        host_results = torch.zeros(2, size, dtype=torch.int64, pin_memory=True)
-        stream = torch.cuda.Stream(priority=-1)  # small kernels of the main chain go before the shared expert's
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute(batch)  # compiles the kernels
-        torch.cuda.current_stream().wait_stream(stream)
+    def _warm_up(self, parts: list[Callable[[], Any]]) -> None:
+        """Compiles the kernels."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for part in parts:
+                part()
         torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def _capture(self, compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits, results = self._compute(batch)
-            host_results.copy_(results, non_blocking=True)
-        return _Captured(graph, logits, results, host_results)
-
-    def _compute(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        output = self._model.forward(batch, self._kv)
-        return output.logits, torch.stack((argmax(output.logits), output.dimmed_pairs.long()))
+        with torch.cuda.stream(self._stream):  # torch.cuda.graph would empty the caches for each of hundreds of graphs
+            graph.capture_begin(pool=self._pool)
+            result = compute()
+            graph.capture_end()
+        return graph, result
 
 
-def _twin_buffers(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zeros of int32 in pinned host memory and on the device."""
-    host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
-    return host, host.to(device)
+def _sizes_up_to(largest: int, sizes: tuple[int, ...]) -> list[int]:
+    """The sizes below ``largest``, doubled beyond the last, then ``largest`` itself."""
+    chosen = [size for size in sizes if size < largest]
+    beyond = sizes[-1] * 2
+    while beyond < largest:
+        chosen.append(beyond)
+        beyond *= 2
+    return [*chosen, largest]
+
+
+def _padded(count: int, sizes: dict[int, Any]) -> int:
+    ordered = sorted(sizes)
+    return ordered[bisect_left(ordered, count)]

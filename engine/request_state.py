@@ -39,7 +39,7 @@ class RequestState:
     def append(self, token_id: int, logprob: TokenLogprob | None, now_s: float, max_model_len: int) -> RequestOutput:
         """Take in a sampled token; the output's finish_reason says whether it was the last."""
         sequence, params = self.sequence, self.sequence.request.sampling
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         self.sampling.append(token_id)
         prompt_logprobs = self.sampling.take_prompt_logprobs()
         if sequence.first_token_s is None:

@@ -1,23 +1,23 @@
-"""Runs a scheduled batch: builds the step's tensors, calls the model, samples. Knows tensors, not policy."""
+"""Runs a scheduled batch: builds the step's inputs, calls the model, samples. Knows tensors, not policy."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from engine.batch import BatchBuilder, DecodeRow
+from engine.batch import StepRows, to_device
 from engine.kv_cache.blocks import BlockManager
-from engine.logprobs import take_prompt_rows
+from engine.logprobs import LogitRows, take_prompt_rows
+from engine.places import Places
 from engine.pool.slots import ModelSlot
 from engine.sampling import Sampled, SamplingState, sample
 from engine.scheduler.scheduler import ScheduledBatch
-from engine.types import Levels, Phase, TokenLogprob
-
-if TYPE_CHECKING:
-    from engine.graphs import DecodeGraphs
+from engine.types import Levels, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,82 +27,97 @@ class StepResult:
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
     dimmed_pairs: list[int]
-    step_time_s: float
+    step_time_s: float  # since it was launched or, if that was later, since the step before it ended
 
 
 @dataclass(frozen=True, slots=True)
-class _Computed:
-    sampled: Sampled  # of the sequences that sample
+class Computed:
+    """A step's choices: of the sequences that sample, and of all of them."""
+
+    sampled: Sampled
     dimmed_pairs: list[int]
 
 
-class Runner:
-    """Stateless but for the slot it was given."""
+class LaunchedStep:
+    """A step on its way."""
 
-    def __init__(self, slot: ModelSlot) -> None:
+    def __init__(self, runner: Runner, samples: np.ndarray, launched_s: float, wait: Callable[[], Computed]) -> None:
+        self._runner = runner
+        self._samples = samples
+        self._launched_s = launched_s
+        self._wait = wait
+
+    def wait(self) -> StepResult:
+        """Block until it has ended."""
+        computed = self._wait()
+        token_ids: list[int | None] = [None] * len(self._samples)
+        logprobs: list[TokenLogprob | None] = [None] * len(self._samples)
+        chosen = zip(computed.sampled.token_ids, computed.sampled.logprobs, strict=True)
+        for index, (token_id, logprob) in zip(np.flatnonzero(self._samples).tolist(), chosen, strict=True):
+            token_ids[index], logprobs[index] = token_id, logprob
+        step_time_s = self._runner.time_since_s(self._launched_s)
+        return StepResult(token_ids, logprobs, computed.dimmed_pairs, step_time_s)
+
+
+class Runner:
+    """Runs steps on one slot, in the order in which they are launched."""
+
+    def __init__(self, slot: ModelSlot, max_num_seqs: int) -> None:
         self.slot = slot
+        self._places = Places(max_num_seqs, -(-slot.max_model_len // slot.kv.block_size), slot.kv.block_size)
+        self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=slot.device)
+        self._last_ended_s = 0.0
 
     @torch.inference_mode()
-    def run(
-        self, batch: ScheduledBatch, blocks: BlockManager, levels: Levels, states: dict[str, SamplingState]
-    ) -> StepResult:
-        """Compute the batch at ``levels``; ``states`` maps request ids to sampling states."""
-        start_s = time.perf_counter()
-        graphs = self.slot.graphs
-        if graphs is not None and not batch.prefills and len(batch) <= graphs.max_batch:
-            computed = self._run_graph(graphs, batch, blocks, levels, states)
-        else:
-            computed = self._run_eagerly(batch, blocks, levels, states)
-        if self.slot.counter is not None:
-            self.slot.counter.end_step_()
-        token_ids: list[int | None] = [None] * len(batch)
-        logprobs: list[TokenLogprob | None] = [None] * len(batch)
-        sampled_at = [index for index, item in enumerate(batch) if item.samples]
-        for index, token_id, logprob in zip(
-            sampled_at, computed.sampled.token_ids, computed.sampled.logprobs, strict=True
-        ):
-            token_ids[index], logprobs[index] = token_id, logprob
-        return StepResult(token_ids, logprobs, computed.dimmed_pairs, time.perf_counter() - start_s)
+    def launch(
+        self, batch: ScheduledBatch, blocks: BlockManager, levels: Levels, states: Sequence[SamplingState]
+    ) -> LaunchedStep:
+        """Begin to compute the batch at ``levels``; ``states`` are its sequences', in order.
+
+        Steps launched earlier may still be under way; what they choose is read on the device.
+        """
+        launched_s = time.perf_counter()
+        sampling = [state for state, item in zip(states, batch, strict=True) if item.samples]
+        logits = None
+        if any(state.prompt_logprobs is not None for state in states):
+            logits = [state.logit_rows(item) for state, item in zip(states, batch, strict=True)]
+        rows = self._places.rows(batch, blocks, [rows.num_rows for rows in logits] if logits else None)
+        run = self._run_on_graphs if self.slot.graphs else self._run_eagerly
+        return LaunchedStep(self, rows.samples, launched_s, run(rows, levels, sampling, logits))
+
+    def time_since_s(self, launched_s: float) -> float:
+        """Seconds of the step that just ended; the next one is counted from now at the earliest."""
+        now_s = time.perf_counter()
+        step_time_s = now_s - max(launched_s, self._last_ended_s)
+        self._last_ended_s = now_s
+        return step_time_s
 
     def _run_eagerly(
-        self, batch: ScheduledBatch, blocks: BlockManager, levels: Levels, states: dict[str, SamplingState]
-    ) -> _Computed:
-        builder = BatchBuilder(self.slot.kv.block_size)
-        logit_rows = [states[item.sequence.request_id].logit_rows(item) for item in batch]
-        for item, rows in zip(batch, logit_rows, strict=True):
-            sequence = item.sequence
-            start = sequence.num_computed
-            tokens = sequence.token_ids[start : start + item.num_tokens]
-            table = blocks.block_ids(sequence.request_id)
-            builder.add(tokens, start, table, item.phase, sequence.exact, rows.num_rows)
-        inputs = builder.build(levels, self.slot.device)
+        self, rows: StepRows, levels: Levels, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None
+    ) -> Callable[[], Computed]:
+        inputs = to_device(rows, self.slot.kv.block_size, levels, self.slot.device, self._newest)
         output = self.slot.model.forward(inputs, self.slot.kv)
-        dimmed_pairs = torch.zeros(len(batch), dtype=torch.int64, device=self.slot.device)
+        if self.slot.counter is not None:
+            self.slot.counter.end_step_()
+        dimmed_pairs = torch.zeros(len(rows.places), dtype=torch.int64, device=self.slot.device)
         dimmed_pairs.index_add_(0, inputs.sequence_of_row, output.dimmed_pairs)
-        sampling = [states[item.sequence.request_id] for item in batch if item.samples]
-        logits = take_prompt_rows(output.logits, logit_rows)
-        sampled = sample(logits.float(), sampling) if sampling else Sampled([], [])
-        return _Computed(sampled, dimmed_pairs.tolist())
+        sampled = _sample(output.logits, sampling, logit_rows)
+        places = torch.from_numpy(rows.places[rows.samples]).to(self.slot.device)
+        self._newest[places] = torch.tensor(sampled.token_ids, dtype=torch.int64, device=self.slot.device)
+        computed = Computed(sampled, dimmed_pairs.tolist())
+        return lambda: computed
 
-    def _run_graph(
-        self,
-        graphs: DecodeGraphs,
-        batch: ScheduledBatch,
-        blocks: BlockManager,
-        levels: Levels,
-        states: dict[str, SamplingState],
-    ) -> _Computed:
-        rows = []
-        for item in batch:
-            sequence = item.sequence
-            position = sequence.num_computed
-            block_ids = blocks.block_ids(sequence.request_id)
-            rows.append(DecodeRow(sequence.token_ids[position], position, block_ids, sequence.exact))
-        output = graphs.run(rows, levels)
-        sampling = [states[item.sequence.request_id] for item in batch]
-        if all(state.takes_argmax for state in sampling):
-            return _Computed(Sampled(output.token_ids, [None] * len(rows)), output.dimmed_pairs)
-        return _Computed(sample(output.logits.float(), sampling), output.dimmed_pairs)
+    def _run_on_graphs(
+        self, rows: StepRows, levels: Levels, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None
+    ) -> Callable[[], Computed]:
+        graphs = self.slot.graphs
+        assert graphs is not None
+        step = graphs.launch(rows, levels)
+        if logit_rows is None and all(state.takes_argmax for state in sampling):
+            return lambda: Computed(Sampled(step.token_ids(), [None] * len(sampling)), step.dimmed_pairs())
+        sampled = _sample(step.logits, sampling, logit_rows)
+        graphs.replace_newest(rows, sampled.token_ids)
+        return lambda: Computed(sampled, step.dimmed_pairs())
 
     @torch.inference_mode()
     def time_step(self, num_tokens: int, level: int, seed: int) -> float:
@@ -110,17 +125,21 @@ class Runner:
 
         Each row has a block of its own: rows that share one would see the same context and route alike.
         """
-        generator = torch.Generator().manual_seed(seed)
-        token_ids = torch.randint(self.slot.spec.vocab_size, (num_tokens,), generator=generator).tolist()
-        rows = [DecodeRow(t, 0, [i % self.slot.kv.num_blocks], exact=False) for i, t in enumerate(token_ids)]
-        levels, graphs = Levels(level, level), self.slot.graphs
+        slot, rng = self.slot, np.random.default_rng(seed)
+        token_ids = rng.integers(slot.spec.vocab_size, size=num_tokens)
+        tables = np.arange(num_tokens, dtype=np.int32)[:, None] % slot.kv.num_blocks
+        rows = StepRows.decodes(token_ids, np.zeros(num_tokens, dtype=np.int64), tables)
+        levels = Levels(level, level)
         start_s = time.perf_counter()
-        if graphs is not None and num_tokens <= graphs.max_batch:
-            graphs.run(rows, levels)
+        if slot.graphs is not None and num_tokens <= slot.graphs.max_num_seqs:
+            slot.graphs.launch(rows, levels).token_ids()
         else:
-            builder = BatchBuilder(self.slot.kv.block_size)
-            for row in rows:
-                builder.add([row.token_id], row.position, row.block_ids, Phase.DECODE, row.exact, samples=1)
-            inputs = builder.build(levels, self.slot.device)
-            self.slot.model.forward(inputs, self.slot.kv).logits.argmax(dim=-1).tolist()
+            inputs = to_device(rows, slot.kv.block_size, levels, slot.device)
+            slot.model.forward(inputs, slot.kv).logits.argmax(dim=-1).tolist()
         return time.perf_counter() - start_s
+
+
+def _sample(logits: Tensor, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None) -> Sampled:
+    if logit_rows is not None:
+        logits = take_prompt_rows(logits, logit_rows)
+    return sample(logits.float(), sampling) if sampling else Sampled([], [])

@@ -103,8 +103,8 @@ class SamplingState:
     def logit_rows(self, item: ScheduledSequence) -> LogitRows:
         """Which logits the request wants of its share of a step."""
         if self.prompt_logprobs is not None:
-            return LogitRows(item.num_tokens, item.sequence.num_computed, item.samples, self.prompt_logprobs)
-        return LogitRows(int(item.samples), item.sequence.num_computed + item.num_tokens - 1, item.samples)
+            return LogitRows(item.num_tokens, item.start, item.samples, self.prompt_logprobs)
+        return LogitRows(int(item.samples), item.end - 1, item.samples)
 
     def edits(self, row: int) -> RowEdits:
         """What is to be done to this request's logits, in row ``row`` of the step."""

@@ -138,9 +138,9 @@ class BlockManager:
             else:
                 self._free.append(block_id)
 
-    def block_ids(self, request_id: str) -> list[int]:
-        """The sequence's block table: entry i holds tokens [i * block_size, (i + 1) * block_size)."""
-        return list(self._sequences[request_id].table)
+    def block_ids(self, request_id: str, first: int = 0) -> list[int]:
+        """The sequence's block table from entry ``first`` on: entry i holds tokens [i, i + 1) * block_size."""
+        return self._sequences[request_id].table[first:]
 
     def clear_prefix(self) -> None:
         """Forget all cached prefixes, as when the weights change. Live sequences go on, but register nothing more."""

@@ -100,7 +100,7 @@ class Decoder:
         for index in range(len(self.layers)):
             attended = self.attend(index, queries, batch, kv)
             hidden, queries = self.advance(index, hidden, attended, batch, kv)
-        return ForwardOutput(self.logits(hidden.normed[batch.sample_rows]), hidden.dimmed_pairs)
+        return ForwardOutput(self.logits(hidden.normed[batch.logit_rows]), hidden.dimmed_pairs)
 
     # The parts of a forward pass. A step with prompts in it runs the ones between attentions as CUDA graphs.
 

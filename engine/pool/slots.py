@@ -24,18 +24,18 @@ from engine.moe.load import ExpertCounter
 from engine.weights.load import load_weights, open_source
 
 if TYPE_CHECKING:
-    from engine.graphs import DecodeGraphs
+    from engine.graphs import StepGraphs
 
 
 @dataclass(slots=True, weakref_slot=True)
 class ModelSlot:
-    """One model on one device: weights, KV pool, dimming tables, decode graphs."""
+    """One model on one device: weights, KV pool, dimming tables, CUDA graphs."""
 
     spec: ModelSpec
     dimming: Dimming
     model: Decoder
     kv: KvStorage
-    graphs: DecodeGraphs | None
+    graphs: StepGraphs | None
     counter: ExpertCounter | None
     max_model_len: int
     device: torch.device
@@ -77,10 +77,12 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     kv = KvStorage(spec, num_blocks, block_size, dtype, device)
     max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
     graphs = None
-    if config.cuda_graphs and kernels.name == "triton" and attention.decode_backend.graphable:
-        from engine.graphs import DecodeGraphs
+    if config.cuda_graphs and kernels.name == "triton":
+        from engine.graphs import StepGraphs
 
-        graphs = DecodeGraphs(model, kv, max_model_len, config.scheduler.max_num_seqs, device)
+        scheduler, graphable = config.scheduler, attention.decode_backend.graphable
+        max_rows = scheduler.max_num_batched_tokens
+        graphs = StepGraphs(model, kv, max_model_len, scheduler.max_num_seqs, max_rows, graphable, device)
     return ModelSlot(spec, dimming, model, kv, graphs, counter, max_model_len, device)
 
 

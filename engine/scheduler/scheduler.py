@@ -27,14 +27,23 @@ from engine.types import Levels, Phase
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
+    """What a step computes of one sequence. The sequence itself moves on while the step is under way."""
+
     sequence: Sequence
-    num_tokens: int  # to compute in this step
+    start: int  # position of the first token to compute
+    num_tokens: int
     phase: Phase
+    samples: bool  # the step computes the sequence's newest token, so that the next one can be chosen
+    admission: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step computes the sequence's newest token, so that the next one can be sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def holds_place(self) -> bool:
+        """False once the sequence has ended or was preempted after this step began."""
+        return self.sequence.admission == self.admission
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,8 @@ class Scheduler:
         self.blocks = blocks
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of admission
+        self._free_places = list(range(config.max_num_seqs))
+        self._num_admissions = 0
 
     @property
     def has_work(self) -> bool:
@@ -93,23 +104,23 @@ class Scheduler:
         """Raises InvalidRequestError or EngineBusyError; then nothing has changed."""
         check_request(sequence.request, self._max_model_len, self._vocab_size)
         check_queue(len(self.waiting), self._config.max_num_waiting)
+        sequence.max_len = min(sequence.max_len, self._max_model_len)
         self.waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and free its blocks at once."""
         if self.waiting.remove(sequence.request_id) is None:
-            self.running.remove(sequence)
-            self.blocks.free(sequence.request_id)
+            self._leave(sequence)
 
     def schedule(self, now_s: float) -> ScheduledBatch:
-        """Choose the next step's work and reserve its blocks."""
+        """Choose the next step's work and reserve its blocks; `launch` says that the step was begun."""
         budget = self._config.max_num_batched_tokens
         chosen: dict[str, ScheduledSequence] = {}
         num_preempted = 0
         by_turn = sorted(self.running, key=lambda s: (not s.decoding, s.arrival_s))
         for sequence in by_turn:
             num_tokens = min(sequence.num_uncomputed, budget)
-            if num_tokens == 0 or sequence not in self.running:  # preempted below by an older one
+            if num_tokens == 0 or sequence.place < 0:  # preempted below by an older one
                 continue
             preempted = self._make_room(sequence, sequence.num_computed + num_tokens)
             num_preempted += len(preempted)
@@ -120,7 +131,7 @@ class Scheduler:
                 continue
             budget -= num_tokens
             phase = Phase.DECODE if sequence.decoding else Phase.PREFILL
-            chosen[sequence.request_id] = ScheduledSequence(sequence, num_tokens, phase)
+            chosen[sequence.request_id] = _scheduled(sequence, num_tokens, phase)
         if not num_preempted:
             self._admit(chosen, budget, now_s)
         items = chosen.values()
@@ -130,13 +141,19 @@ class Scheduler:
             num_preempted=num_preempted,
         )
 
+    def launch(self, batch: ScheduledBatch) -> None:
+        """The step has begun: the next one may be scheduled behind it, before its tokens are known."""
+        for item in batch:
+            item.sequence.num_computed = item.end
+            item.sequence.num_pending += item.samples
+
     def commit(self, batch: ScheduledBatch, levels: Levels) -> None:
         """The step has run: its tokens have KV now, computed at ``levels``."""
         for item in batch:
-            sequence = item.sequence
-            dimmed = levels.of(item.phase) > 0 and not sequence.exact
-            sequence.num_computed += item.num_tokens
-            self.blocks.commit(sequence.request_id, sequence.token_ids, sequence.num_computed, dimmed)
+            if item.holds_place:
+                sequence = item.sequence
+                dimmed = levels.of(item.phase) > 0 and not sequence.exact
+                self.blocks.commit(sequence.request_id, sequence.token_ids, item.end, dimmed)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Reserve blocks for num_tokens tokens of a running sequence; returns whom that cost its place."""
@@ -144,13 +161,20 @@ class Scheduler:
         while not self.blocks.reserve(sequence.request_id, num_tokens):
             victim = choose_victim(self.running)
             preempted.append(victim)
-            self.running.remove(victim)
-            self.blocks.free(victim.request_id)
+            self._leave(victim)
             victim.num_computed = 0
             self.waiting.push_front(victim)
             if victim is sequence:
                 break
         return preempted
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A running sequence gives up its place and its blocks, which steps under way may still write to: whoever
+        gets them next is computed after those."""
+        self.running.remove(sequence)
+        self.blocks.free(sequence.request_id)
+        self._free_places.append(sequence.place)
+        sequence.place, sequence.admission = -1, 0
 
     def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
@@ -167,5 +191,12 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed, budget)
             self.blocks.reserve(sequence.request_id, num_cached + num_tokens)
             self.running.append(sequence)
+            self._num_admissions += 1
+            sequence.place, sequence.admission = self._free_places.pop(), self._num_admissions
             budget -= num_tokens
-            chosen[sequence.request_id] = ScheduledSequence(sequence, num_tokens, Phase.PREFILL)
+            chosen[sequence.request_id] = _scheduled(sequence, num_tokens, Phase.PREFILL)
+
+
+def _scheduled(sequence: Sequence, num_tokens: int, phase: Phase) -> ScheduledSequence:
+    samples = num_tokens == sequence.num_uncomputed
+    return ScheduledSequence(sequence, sequence.num_computed, num_tokens, phase, samples, sequence.admission)

@@ -11,14 +11,18 @@ from engine.types import BrownoutUsage, GenerationRequest, ServiceClass, Usage
 class Sequence:
     """Mutable; owned by the engine thread.
 
-    tokens:  [0 ........ num_computed) have KV  [num_computed ... len) are to be computed
-             [0 .. num_prompt) prompt           [num_prompt ...... len) generated
+    tokens:  [0 ........ num_computed) have KV, or will after the steps under way; the others are to be computed
+             [0 .. num_prompt) prompt  [num_prompt .. len) generated  [len .. len + num_pending) being chosen
     """
 
     request: GenerationRequest
     arrival_s: float  # on the engine's clock, what the request waited before included
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0  # tokens that steps under way will choose
+    max_len: int = 0  # tokens that it may reach, prompt included; the last of them is never computed
+    place: int = -1  # in the batch, while running
+    admission: int = 0  # number of its latest admission; 0 while it holds no place
     num_cached: int = 0  # prompt tokens served by the prefix cache at first admission
     admitted_s: float | None = None  # first admission
     first_token_s: float | None = None
@@ -33,6 +37,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+        self.max_len = len(self.token_ids) + max(1, self.request.sampling.max_tokens)
+
+    def append(self, token_id: int) -> None:
+        """Take in the token that a step chose."""
+        self.token_ids.append(token_id)
+        self.num_pending -= 1
 
     @property
     def request_id(self) -> str:
@@ -48,12 +58,13 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute before the next one can be chosen; 0 when the last one is being chosen."""
+        return min(len(self.token_ids) + self.num_pending, self.max_len - 1) - self.num_computed
 
     @property
     def decoding(self) -> bool:
         """Exactly the newest token is to be computed, and it is a generated one."""
-        return self.num_uncomputed == 1 and self.num_generated > 0
+        return self.num_uncomputed == 1 and self.num_generated + self.num_pending > 0
 
     @property
     def exact(self) -> bool:

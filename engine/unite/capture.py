@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import BatchBuilder, ForwardBatch
+from engine.batch import ForwardBatch, StepRows, to_device
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
 from engine.moe.layer import MoeLayer
 from engine.pool.slots import ModelSlot, load_slot
-from engine.types import Levels, Phase
+from engine.types import Levels
 from engine.unite.pairs import LayerTrace
 
 BATCH_TOKENS = 8192  # computed at once; also bounds the KV cache, which holds one batch
@@ -95,11 +96,9 @@ def _batches(slot: ModelSlot, sequences: Tensor) -> Iterator[ForwardBatch]:
     num_tokens, block_size = sequences.shape[1], slot.kv.block_size
     num_blocks = -(-num_tokens // block_size)
     for part in sequences.split(_sequences_per_batch(num_tokens)):
-        builder = BatchBuilder(block_size)
-        for number, tokens in enumerate(part.tolist()):
-            table = list(range(1 + number * num_blocks, 1 + (number + 1) * num_blocks))
-            builder.add(tokens, 0, table, Phase.PREFILL, exact=True, samples=False)
-        yield builder.build(Levels(), slot.device)
+        tables = 1 + np.arange(len(part) * num_blocks, dtype=np.int32).reshape(len(part), num_blocks)
+        rows = StepRows.prompts(part.numpy(), tables, samples=False)
+        yield to_device(rows, block_size, Levels(), slot.device)
 
 
 def _sequences_per_batch(num_tokens: int) -> int:

@@ -84,9 +84,11 @@ def test_a_level_change_acts_on_the_next_replay(gpu: torch.device, checkpoint: P
     for index in range(8):
         engine.add(GenerationRequest(str(index), (index + 5,), sampling))
     engine.step()
+    engine.step()  # the prompts' step has ended, the first decode step is under way
     dimmed_at = []
     for version, level in enumerate((0, 4, 0, 2), start=1):
         engine.apply_setting(replace(BrownoutSetting.pinned(level), version=version))
+        engine.step()  # ends the step before, begins one at the new level
         before = sum(s.dimmed_pairs for s in engine.scheduler.running)
         engine.step()
         dimmed_at.append(sum(s.dimmed_pairs for s in engine.scheduler.running) - before)
@@ -101,14 +103,14 @@ def test_level_0_is_bit_identical_with_united_experts_loaded(
     for brownout in (BrownoutConfig(profile_repeats=0), UNITED):
         engine = make_engine(checkpoint, brownout=brownout)
         slot = engine.leave()
-        run, recorded = slot.graphs.run, []
+        launch, recorded = slot.graphs.launch, []
 
-        def run_and_record(rows, levels, run=run, recorded=recorded):  # type: ignore[no-untyped-def]
-            output = run(rows, levels)
-            recorded.append(output.logits.clone())
-            return output
+        def launch_and_record(rows, levels, launch=launch, recorded=recorded):  # type: ignore[no-untyped-def]
+            step = launch(rows, levels)
+            recorded.append(step.logits.clone())
+            return step
 
-        slot.graphs.run = run_and_record
+        slot.graphs.launch = launch_and_record
         engine.take_up(slot)
         generate(engine, prompts)
         logits.append(recorded)

@@ -62,6 +62,7 @@ def make_engine(
     scheduler: SchedulerConfig | None = None,
     cache: CacheConfig | None = None,
     brownout: BrownoutConfig = NO_DIMMING,
+    overlap_steps: bool | None = None,
 ) -> Engine:
     return Engine(
         EngineConfig(
@@ -69,6 +70,7 @@ def make_engine(
             scheduler=scheduler or SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=512),
             cache=cache or CacheConfig(),
             brownout=brownout,
+            overlap_steps=overlap_steps,
         )
     )
 
@@ -96,8 +98,18 @@ def generate(engine: Engine, prompts: Iterable[tuple[int, ...]]) -> list[list[in
         {"scheduler": SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=7)},
         {"cache": CacheConfig(block_size=4, prefix_caching=False)},
         {"brownout": UNITED},
+        {"overlap_steps": True},
+        {"overlap_steps": True, "scheduler": SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=7)},
     ],
-    ids=["batched", "one at a time", "chunked", "small blocks, no prefix cache", "united experts loaded, level 0"],
+    ids=[
+        "batched",
+        "one at a time",
+        "chunked",
+        "small blocks, no prefix cache",
+        "united experts loaded, level 0",
+        "overlapping steps",
+        "overlapping steps, chunked",
+    ],
 )
 def test_greedy_equals_transformers(
     checkpoint: Path, prompts: Prompts, expected: list[list[int]], case: dict[str, object]
@@ -105,10 +117,11 @@ def test_greedy_equals_transformers(
     assert generate(make_engine(checkpoint, **case), prompts) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
 def test_greedy_equals_transformers_when_preempted(
-    checkpoint: Path, prompts: Prompts, expected: list[list[int]]
+    checkpoint: Path, prompts: Prompts, expected: list[list[int]], overlap_steps: bool
 ) -> None:
-    engine = make_engine(checkpoint, cache=CacheConfig(num_blocks=41))
+    engine = make_engine(checkpoint, cache=CacheConfig(num_blocks=41), overlap_steps=overlap_steps)
     assert generate(engine, prompts) == expected
     assert engine.stats().num_preemptions > 0
 

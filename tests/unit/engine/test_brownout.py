@@ -125,7 +125,7 @@ def test_idle_time_ends_dimming() -> None:
     brownout.apply(ttft(0.1), 0.0)
     levels, batch = step(brownout, make_scheduler(sequence("a", 40)), 0.0)
     assert levels == Levels(2, 2)
-    brownout.learn_step(batch, 3.0)  # a long step is not idleness
+    brownout.learn_step(batch, levels, 3.0, 3.0)  # a long step is not idleness
     assert step(brownout, make_scheduler(sequence("b", 4, arrival_s=3.0)), 3.0)[0] == Levels(2, 2)
     assert step(brownout, make_scheduler(sequence("c", 4, arrival_s=9.0)), 9.0)[0] == Levels(0, 0)
 
@@ -138,7 +138,7 @@ def test_a_step_of_rows_that_refuse_teaches_level_0(num_full: int, num_standard:
     brownout.apply(pinned(2, version=1), 0.0)
     _, batch = step(brownout, make_scheduler(*sequences), 0.0)
     assert batch.num_tokens == 8
-    brownout.learn_step(batch, 2 * MODEL.predict_s(learns_of, 8))
+    brownout.learn_step(batch, brownout.levels, 2 * MODEL.predict_s(learns_of, 8), 1.0)
     assert brownout.governor.model.trim == pytest.approx(1.05)
 
 
@@ -146,10 +146,12 @@ def test_a_step_at_two_levels_teaches_nothing() -> None:
     brownout = make_brownout()
     brownout.apply(BrownoutSetting(PhaseSetting(0, 0, ANY_S), PhaseSetting(2, 2, ANY_S), version=1), 0.0)
     scheduler = make_scheduler(sequence("a"))
-    scheduler.commit(step(brownout, scheduler, 0.0)[1], Levels())
-    scheduler.running[0].token_ids.append(1)
+    _, batch = step(brownout, scheduler, 0.0)
+    scheduler.launch(batch)
+    scheduler.commit(batch, Levels())
+    scheduler.running[0].append(1)
     scheduler.add(sequence("b"))
     levels, batch = step(brownout, scheduler, 0.1)
     assert (levels, len(batch.decodes), len(batch.prefills)) == (Levels(0, 2), 1, 1)
-    brownout.learn_step(batch, 9.0)
+    brownout.learn_step(batch, brownout.levels, 9.0, 9.0)
     assert brownout.governor.model.trim == 1.0

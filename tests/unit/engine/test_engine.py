@@ -296,3 +296,50 @@ def test_logprobs_come_with_their_tokens(model: str) -> None:
     for entry in logprobs:
         assert len(entry.top) == 3
         assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))  # greedy takes the likeliest
+
+
+def test_overlapping_steps_change_nothing_but_when_outputs_come(model: str) -> None:
+    """Greedy and sampled requests, stop tokens and stop strings, more requests than places."""
+    answers = []
+    for overlap_steps in (False, True):
+        engine = make_engine(model, overlap_steps=overlap_steps)
+        stop = tokens(run(engine, request("probe"))["probe"])[3]
+        requests = [request(f"r{i}", PROMPT[i:], max_tokens=4 + i) for i in range(9)]
+        requests.append(request("stopped", stop_token_ids=(stop,)))
+        requests.append(request("sampled", temperature=1.0, seed=7, repetition_penalty=1.3))
+        outputs = run(engine, *requests)
+        assert engine.scheduler.blocks.num_used == 0
+        answers.append({name: (tokens(out), out[-1].finish_reason, out[-1].usage) for name, out in outputs.items()})
+    assert answers[0] == answers[1]
+
+
+def test_overlapping_steps_are_one_ahead_of_their_outputs(model: str) -> None:
+    engine = make_engine(model, overlap_steps=True)
+    engine.add(request(max_tokens=2))
+    assert [len(engine.step()) for _ in range(3)] == [0, 1, 1]
+    assert not engine.has_work
+
+
+def test_ending_a_request_whose_step_is_under_way(model: str) -> None:
+    engine = make_engine(model, overlap_steps=True)
+    expected = tokens(run(engine, request("alone"))["alone"])
+    engine.add(request("a"))
+    engine.step()
+    assert engine.abort("a") is not None
+    assert engine.scheduler.blocks.num_used == 0
+    assert tokens(run(engine, request("a"))["a"]) == expected  # the same name again, while the old step ends
+
+
+def test_leaving_a_model_loses_no_output_of_the_step_under_way(model: str) -> None:
+    engine = make_engine(model, overlap_steps=True)
+    expected = tokens(run(engine, request("alone"))["alone"])
+    engine.add(request("a"))
+    engine.step()
+    slot = engine.leave()
+    held = engine.step()
+    assert (tokens(held), engine.has_work) == (expected[:1], False)
+    engine.take_up(slot)
+    rest = []
+    while engine.has_work:
+        rest += engine.step()
+    assert tokens([*held, *rest]) == expected

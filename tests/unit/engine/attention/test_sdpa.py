@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine.attention.base import Attention
 from engine.attention.sdpa import SdpaAttention
-from engine.batch import AttentionMetadata, BatchBuilder
-from engine.types import Levels, Phase
+from engine.batch import AttentionMetadata, StepRows, to_device
+from engine.types import Levels
 
 HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 8, 4, 40
 SDPA = Attention(SdpaAttention(), SdpaAttention())
@@ -22,12 +23,24 @@ def metadata_of(chunks: list[tuple[int, int]], seed: int) -> AttentionMetadata:
     """Sequences of (context tokens, rows), decodes first, whose blocks lie scattered over the pool."""
     pool = list(range(1, NUM_BLOCKS))
     random.Random(seed).shuffle(pool)
-    builder = BatchBuilder(BLOCK_SIZE)
-    for context, rows in chunks:
-        blocks = [pool.pop() for _ in range(-(-context // BLOCK_SIZE))]
-        phase = Phase.DECODE if rows == 1 else Phase.PREFILL
-        builder.add([0] * rows, context - rows, blocks, phase, exact=False, samples=True)
-    return builder.build(Levels(), torch.device("cpu")).attention
+    tables = np.zeros((len(chunks), NUM_BLOCKS), dtype=np.int32)
+    for table, (context, _) in zip(tables, chunks, strict=True):
+        num_blocks = -(-context // BLOCK_SIZE)
+        table[:num_blocks] = [pool.pop() for _ in range(num_blocks)]
+    contexts, counts = (np.array(column) for column in zip(*chunks, strict=True))
+    everyone = np.ones(len(chunks), dtype=bool)
+    rows = StepRows(
+        num_decodes=int((counts == 1).sum()),
+        places=np.arange(len(chunks)),
+        starts=contexts - counts,
+        counts=counts,
+        samples=everyone,
+        num_logits=np.ones(len(chunks), dtype=int),
+        exact=~everyone,
+        tables=tables,
+        token_ids=np.zeros(counts.sum(), dtype=np.int64),
+    )
+    return to_device(rows, BLOCK_SIZE, Levels(), torch.device("cpu")).attention
 
 
 def dense(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:

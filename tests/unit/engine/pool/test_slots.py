@@ -99,7 +99,7 @@ def test_only_layers_with_experts_are_dimmed(tmp_path: Path) -> None:
 def test_the_profile_covers_every_level_and_the_largest_step_and_keeps_no_slot_alive(model: Path) -> None:
     brownout = BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0, profile_repeats=1)
     slot = load_slot(config(model, brownout=brownout))
-    measured = profile_steps(Runner(slot), config(model, brownout=brownout), len(slot.ladder))
+    measured = profile_steps(Runner(slot, 4), config(model, brownout=brownout), len(slot.ladder))
     assert measured.token_counts == (1, 4, 16, 32)
     assert measured.num_levels == len(slot.ladder) == 3
     assert all(0 < deep <= shallow for deep, shallow in zip(measured.times_s[-1], measured.times_s[0], strict=True))
@@ -111,5 +111,5 @@ def test_the_profile_covers_every_level_and_the_largest_step_and_keeps_no_slot_a
 
 def test_without_a_profile_a_guess_is_made(model: Path) -> None:
     unprofiled = config(model, brownout=BrownoutConfig(profile_repeats=0))
-    guess = profile_steps(Runner(load_slot(unprofiled)), unprofiled, num_levels=3)
+    guess = profile_steps(Runner(load_slot(unprofiled), 4), unprofiled, num_levels=3)
     assert [guess.predict_s(level, 99) for level in range(3)] == [UNPROFILED_STEP_S] * 3

@@ -31,17 +31,26 @@ class Harness:
     """Plays the engine and checks what must hold after every step."""
 
     def __init__(
-        self, *, num_blocks: int = 65, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, prefix: bool = True
+        self,
+        *,
+        num_blocks: int = 65,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        prefix: bool = True,
+        overlaps: bool = False,
     ) -> None:
         self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_waiting=8)
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix)
         self.max_model_len = (num_blocks - 1) * BLOCK_SIZE
         self.scheduler = Scheduler(self.config, self.blocks, self.max_model_len, VOCAB_SIZE)
+        self.overlaps = overlaps
+        self.under_way: ScheduledBatch | None = None
         self.levels = Levels()
         self.now_s = 0.0
         self.num_steps = 0
         self.admitted: list[str] = []  # in order of first admission
         self.finished: list[str] = []
+        self.ended: set[str] = set()
 
     def add(
         self,
@@ -68,25 +77,36 @@ class Harness:
         assert admitted == queue[: len(admitted)], "admission is not first come first served"
         self.admitted += [request_id for request_id in admitted if request_id in new]
         for item in batch:
-            assert len(self.blocks.block_ids(item.sequence.request_id)) * BLOCK_SIZE >= (
-                item.sequence.num_computed + item.num_tokens
-            )
-        samples = [item.sequence for item in batch if item.samples]
-        scheduler.commit(batch, self.levels)
-        for sequence in samples:
-            assert sequence.num_computed == len(sequence.token_ids)
-            sequence.token_ids.append(1 + sequence.num_generated % (VOCAB_SIZE - 1))
-            if sequence.num_generated == sequence.request.sampling.max_tokens:
-                scheduler.remove(sequence)
-                self.finished.append(sequence.request_id)
+            assert len(self.blocks.block_ids(item.sequence.request_id)) * BLOCK_SIZE >= item.end
+        scheduler.launch(batch)
+        if self.overlaps:
+            batch, self.under_way = self.under_way, batch
+        if batch is not None:
+            self.finish(batch)
         self.blocks.check_invariants()
         self.now_s += 0.01
         self.num_steps += 1
-        return batch
+        return batch or ScheduledBatch()
+
+    def finish(self, batch: ScheduledBatch) -> None:
+        self.scheduler.commit(batch, self.levels)
+        for item in batch:
+            sequence = item.sequence
+            if not item.samples or sequence.request_id in self.ended:
+                continue
+            assert item.end == len(sequence.token_ids)
+            sequence.append(1 + sequence.num_generated % (VOCAB_SIZE - 1))
+            if sequence.num_generated == sequence.request.sampling.max_tokens:
+                self.end(sequence)
+                self.finished.append(sequence.request_id)
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.ended.add(sequence.request_id)
 
     def check(self, batch: ScheduledBatch) -> None:
         scheduler = self.scheduler
-        assert len(batch) > 0, "a step without work while requests wait"
+        assert len(batch) > 0 or self.under_way, "a step without work while requests wait"
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         assert len(scheduler.running) <= self.config.max_num_seqs
         assert all(item.num_tokens >= 1 for item in batch)
@@ -100,7 +120,7 @@ class Harness:
         assert {item.sequence.request_id for item in batch.decodes} == decoding, "a decoding sequence was left out"
         assert all(item.phase is Phase.DECODE and item.num_tokens == 1 for item in batch.decodes)
         assert all(item.phase is Phase.PREFILL for item in batch.prefills)
-        assert scheduler.waiting.num_tokens == sum(len(s.token_ids) for s in scheduler.waiting)
+        assert scheduler.waiting.num_tokens == sum(s.num_uncomputed for s in scheduler.waiting)
         held = {s.request_id for s in scheduler.waiting}
         assert not held & {s.request_id for s in scheduler.running}
 
@@ -129,6 +149,7 @@ REQUESTS = st.lists(
     max_num_seqs=st.integers(1, 5),
     spare_tokens=st.integers(0, 12),
     prefix=st.booleans(),
+    overlaps=st.booleans(),
     levels=st.builds(Levels, st.integers(0, 1), st.integers(0, 1)),
 )
 def test_every_load_is_served_within_the_limits(
@@ -137,6 +158,7 @@ def test_every_load_is_served_within_the_limits(
     max_num_seqs: int,
     spare_tokens: int,
     prefix: bool,
+    overlaps: bool,
     levels: Levels,
 ) -> None:
     harness = Harness(
@@ -144,6 +166,7 @@ def test_every_load_is_served_within_the_limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_tokens,
         prefix=prefix,
+        overlaps=overlaps,
     )
     harness.levels = levels
     arrived = []
@@ -161,11 +184,15 @@ def test_every_load_is_served_within_the_limits(
     requests=REQUESTS,
     aborts=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 7)), max_size=6),
     num_blocks=st.integers(10, 16),
+    overlaps=st.booleans(),
 )
 def test_abort_frees_blocks_at_once(
-    requests: list[tuple[int, list[int], int, ServiceClass]], aborts: list[tuple[int, int]], num_blocks: int
+    requests: list[tuple[int, list[int], int, ServiceClass]],
+    aborts: list[tuple[int, int]],
+    num_blocks: int,
+    overlaps: bool,
 ) -> None:
-    harness = Harness(num_blocks=num_blocks)
+    harness = Harness(num_blocks=num_blocks, overlaps=overlaps)
     sequences = [
         harness.add(f"r{index}", prompt, max_tokens, service_class)
         for index, (_, prompt, max_tokens, service_class) in enumerate(requests)
@@ -179,7 +206,7 @@ def test_abort_frees_blocks_at_once(
         if sequence.request_id in aborted or sequence.request_id in harness.finished:
             continue
         aborted.add(sequence.request_id)
-        harness.scheduler.remove(sequence)
+        harness.end(sequence)
         with pytest.raises(KeyError):
             harness.blocks.block_ids(sequence.request_id)
         harness.blocks.check_invariants()
