@@ -127,8 +127,7 @@ class StepGraphs:
 
     def _decode_of(self, size: int) -> Callable[[], Tensor]:
         layout = self._inputs.device_layout(size, size)
-        layout.context_lens.fill_(1)
-        layout.sample_places.fill_(self.max_num_seqs)
+        self._inputs.blank(layout)
 
         def compute() -> Tensor:
             output = self._model.forward(self._inputs.batch(layout), self._kv)
@@ -192,6 +191,7 @@ class StepGraphs:
     def _head_of(self, size: int) -> Callable[[], Tensor]:
         """The choice of tokens after a step in parts. The arrays of sequences stand at the same address in each."""
         layout = self._inputs.device_layout(ROW_SIZES[0], self.max_num_seqs)
+        self._inputs.blank(layout)
 
         def compute() -> Tensor:
             logits = self._model.logits(self._normed[layout.sample_rows[:size]])
@@ -203,6 +203,7 @@ class StepGraphs:
     def _buffers(self, max_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, attention's results and last hidden states of a step in parts, [max_rows, ...]."""
         layout = self._inputs.device_layout(1, self.max_num_seqs)
+        self._inputs.blank(layout)
         with torch.inference_mode():
             hidden, queries = self._model.begin(self._inputs.batch(layout), self._kv)
         queries_of_rows = queries.new_zeros(max_rows, *queries.shape[1:])
@@ -220,6 +221,7 @@ class StepGraphs:
         return _Whole(graph, logits)
 
     def _capture_parts(self, size: int) -> list[torch.cuda.CUDAGraph]:
+        self._inputs.blank(self._inputs.device_layout(size, self.max_num_seqs))
         self._warm_up(self._parts_of(size))
         return [self._capture(part)[0] for part in self._parts_of(size)]
 

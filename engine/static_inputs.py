@@ -72,6 +72,13 @@ class StaticInputs:
     def device_layout(self, num_rows: int, num_sequences: int) -> Layout:
         return Layout.of(self._device_buffer, self._first, num_rows, num_sequences, self._max_blocks)
 
+    def blank(self, layout: Layout) -> None:
+        """Make the layout hold a step of padding rows."""
+        self._device_buffer[self._first :].zero_()
+        layout.context_lens.fill_(1)
+        layout.sample_places.fill_(self._nobody)
+        layout.sources.fill_(self._nobody)
+
     def fill(self, rows: StepRows, levels: Levels, num_rows: int, num_sequences: int) -> None:
         """Send a step, padded to the layout's size. Padding rows write their KV to block 0 and get no expert."""
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
@@ -98,7 +105,9 @@ class StaticInputs:
         _put(layout.sequences, sequences)
         table = layout.table.numpy()
         table[:count, : rows.tables.shape[1]] = rows.tables
-        end = layout.table.storage_offset() + count * self._max_blocks
+        table[count:, 0] = 0
+        num_sent = num_sequences if num_sequences == num_rows else count  # only whole graphs read padding sequences
+        end = layout.table.storage_offset() + num_sent * self._max_blocks
         self._device_buffer[self._first : end].copy_(host[self._first : end], non_blocking=True)
         if sent is not None:
             sent.record()
