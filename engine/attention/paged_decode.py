@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.batch import AttentionMetadata
+from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 
 TILE_TOKENS = 32
 MIN_DOT_ROWS = 16
@@ -53,16 +54,18 @@ def paged_decode(
     out = queries.new_empty(num_sequences, num_heads, head_dim)
     wide = queries.new_empty(num_sequences, num_heads, parts, head_dim, dtype=torch.float32) if parts > 1 else out
     log_sums = queries.new_empty(num_sequences, num_heads, parts, dtype=torch.float32)
+    options = launch_options(queries.device)
     _paged_decode_kernel[(num_sequences, num_kv_heads, parts)](
         queries, keys, values, block_table, context_lens, wide, log_sums,
         queries.stride(0), block_table.stride(0), num_kv_heads, head_dim**-0.5,
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=TILE_TOKENS, num_warps=4 if parts > 1 else 1, num_stages=3,
+        TILE=TILE_TOKENS, num_warps=4 if parts > 1 else 1, num_stages=3, **options,
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(num_sequences * num_heads,)](
-            wide, log_sums, out, PARTS=parts, BLOCK=triton.next_power_of_2(parts), HEAD_DIM=head_dim, num_warps=1
-        )
+            wide, log_sums, out,
+            PARTS=parts, BLOCK=triton.next_power_of_2(parts), HEAD_DIM=head_dim, num_warps=1, **options,
+        )  # fmt: skip
     return out
 
 
@@ -71,6 +74,7 @@ def _paged_decode_kernel(
     queries_ptr, keys_ptr, values_ptr, table_ptr, context_lens_ptr, out_ptr, log_sums_ptr,
     query_stride, table_stride, num_kv_heads, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(2)
@@ -83,6 +87,8 @@ def _paged_decode_kernel(
     columns = tl.arange(0, HEAD_DIM)
     offsets = tl.arange(0, TILE)
     head = kv_head * GROUP + rows
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     queries_at = queries_ptr + sequence.to(tl.int64) * query_stride + head[:, None] * HEAD_DIM + columns[None, :]
     queries = tl.load(queries_at, mask=(rows < GROUP)[:, None], other=0.0)
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -112,7 +118,12 @@ def _paged_decode_kernel(
 
 
 @triton.jit
-def _join_kernel(wide_ptr, log_sums_ptr, out_ptr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _join_kernel(
+    wide_ptr, log_sums_ptr, out_ptr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     columns = tl.arange(0, HEAD_DIM)

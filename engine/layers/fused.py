@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kv_cache.storage import KvStorage
+from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.norm import RmsNorm
 
 
@@ -34,19 +35,21 @@ class FusedRmsNorm(RmsNorm):
         num_tokens, hidden = x.shape
         _add_rms_norm_kernel[(num_tokens,)](
             x, delta, self.weight, total, normed, num_tokens, hidden, self.eps,
-            NUM_ADDENDS=num_addends, BLOCK_D=triton.next_power_of_2(hidden), num_warps=8,
+            NUM_ADDENDS=num_addends, BLOCK_D=triton.next_power_of_2(hidden), num_warps=8, **launch_options(x.device),
         )  # fmt: skip
 
 
 @triton.jit
 def _add_rms_norm_kernel(
     x_ptr, delta_ptr, weight_ptr, total_ptr, normed_ptr, num_tokens, hidden, eps,
-    NUM_ADDENDS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_ADDENDS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < hidden
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     total = tl.load(x_ptr + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     for addend in tl.static_range(NUM_ADDENDS):
         at = (addend * num_tokens + row) * hidden
@@ -68,6 +71,7 @@ def rotate_and_store(
     _rotate_and_store_kernel[(num_tokens, triton.cdiv(total_heads, HEADS_PER_PROGRAM))](
         qkv, cos, sin, slots, kv.keys[layer], kv.values[layer], qkv.stride(0), num_heads, num_kv_heads,
         HEADS=HEADS_PER_PROGRAM, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        **launch_options(qkv.device),
     )  # fmt: skip
     return qkv[:, : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))
 
@@ -78,7 +82,7 @@ HEADS_PER_PROGRAM = 16
 @triton.jit
 def _rotate_and_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, keys_ptr, values_ptr, qkv_stride, num_heads, num_kv_heads,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -89,16 +93,18 @@ def _rotate_and_store_kernel(
     is_value = ((heads >= num_heads + num_kv_heads) & (heads < num_heads + 2 * num_kv_heads))[:, None]
     source = qkv_ptr + row.to(tl.int64) * qkv_stride + heads[:, None] * HEAD_DIM + columns[None, :]
     inside = in_half & (is_query | is_key | is_value)
-    first = tl.load(source, mask=inside)
-    second = tl.load(source + HEAD_DIM // 2, mask=inside)
     cos = tl.load(cos_ptr + row * HEAD_DIM + columns[None, :], mask=in_half)
     sin = tl.load(sin_ptr + row * HEAD_DIM + columns[None, :], mask=in_half)
+    slot = tl.load(slots_ptr + row).to(tl.int64) * num_kv_heads * HEAD_DIM
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
+    first = tl.load(source, mask=inside)
+    second = tl.load(source + HEAD_DIM // 2, mask=inside)
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
     rotated_first = (wide_first * cos - wide_second * sin).to(first.dtype)
     rotated_second = (wide_second * cos + wide_first * sin).to(second.dtype)
     tl.store(source, rotated_first, mask=in_half & is_query)
     tl.store(source + HEAD_DIM // 2, rotated_second, mask=in_half & is_query)
-    slot = tl.load(slots_ptr + row).to(tl.int64) * num_kv_heads * HEAD_DIM
     keys_at = keys_ptr + slot + (heads - num_heads)[:, None] * HEAD_DIM + columns[None, :]
     tl.store(keys_at, rotated_first, mask=in_half & is_key)
     tl.store(keys_at + HEAD_DIM // 2, rotated_second, mask=in_half & is_key)
@@ -112,12 +118,18 @@ def silu_and_mul_gated(gate_up: Tensor, share_logits: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size)
     block = min(1024, triton.next_power_of_2(size))
-    _silu_and_mul_gated_kernel[(num_tokens, triton.cdiv(size, block))](gate_up, share_logits, out, size, BLOCK=block)
+    _silu_and_mul_gated_kernel[(num_tokens, triton.cdiv(size, block))](
+        gate_up, share_logits, out, size, BLOCK=block, **launch_options(gate_up.device)
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _silu_and_mul_gated_kernel(gate_up_ptr, share_logits_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_and_mul_gated_kernel(
+    gate_up_ptr, share_logits_ptr, out_ptr, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
@@ -134,8 +146,13 @@ def argmax(logits: Tensor) -> Tensor:
     best = torch.empty(num_tokens, num_parts, dtype=torch.float32, device=logits.device)
     index = torch.empty(num_tokens, num_parts, dtype=torch.int64, device=logits.device)
     chosen = torch.empty(num_tokens, dtype=torch.int64, device=logits.device)
-    _argmax_part_kernel[(num_tokens, num_parts)](logits, best, index, vocab_size, BLOCK=ARGMAX_BLOCK, num_warps=8)
-    _argmax_kernel[(num_tokens,)](best, index, chosen, num_parts, BLOCK=triton.next_power_of_2(num_parts), num_warps=1)
+    options = launch_options(logits.device)
+    _argmax_part_kernel[(num_tokens, num_parts)](
+        logits, best, index, vocab_size, BLOCK=ARGMAX_BLOCK, num_warps=8, **options
+    )
+    _argmax_kernel[(num_tokens,)](
+        best, index, chosen, num_parts, BLOCK=triton.next_power_of_2(num_parts), num_warps=1, **options
+    )
     return chosen
 
 
@@ -143,7 +160,11 @@ ARGMAX_BLOCK = 8192
 
 
 @triton.jit
-def _argmax_part_kernel(logits_ptr, best_ptr, index_ptr, vocab_size, BLOCK: tl.constexpr):
+def _argmax_part_kernel(
+    logits_ptr, best_ptr, index_ptr, vocab_size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logits_ptr + row * vocab_size + columns, mask=columns < vocab_size, other=float("-inf"))
@@ -154,7 +175,9 @@ def _argmax_part_kernel(logits_ptr, best_ptr, index_ptr, vocab_size, BLOCK: tl.c
 
 
 @triton.jit
-def _argmax_kernel(best_ptr, index_ptr, chosen_ptr, num_parts, BLOCK: tl.constexpr):
+def _argmax_kernel(best_ptr, index_ptr, chosen_ptr, num_parts, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     row = tl.program_id(0)
     parts = tl.arange(0, BLOCK)
     values = tl.load(best_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))

@@ -154,9 +154,9 @@ class Decoder:
             feed_forward = self._moe_layer(index, own, dimmer)
         return DecoderLayer(
             input_norm=kernels.norm(own["input_norm"], spec.rms_norm_eps),
-            qkv=Linear(own["qkv"], own.get("qkv_bias")),
+            qkv=kernels.linear(own["qkv"], own.get("qkv_bias")),
             head_norm=head_norm,
-            output=Linear(own["output"], own.get("output_bias")),
+            output=kernels.output_linear(own["output"], own.get("output_bias")),
             post_attention_norm=kernels.norm(own["post_attention_norm"], spec.rms_norm_eps),
             feed_forward=feed_forward,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
+from engine.layers.linear import Linear
 from engine.layers.norm import HeadNorm, RmsNorm
 from engine.layers.rotary import rotate_and_store
 from engine.models.spec import ModelSpec
@@ -24,13 +25,15 @@ class Kernels:
     """The constructors and functions that have two implementations; the torch ones are the reference."""
 
     name: str
-    norm: Callable[[Tensor, float], RmsNorm]
+    norm: Callable[[Tensor, float], RmsNorm]  # its ``add`` takes what ``output_linear`` and the layers return
+    linear: Callable[[Tensor, Tensor | None], Linear]
+    output_linear: Callable[[Tensor, Tensor | None], Linear]
     moe_layer: Callable[..., MoeLayer]
     rotate_and_store: Callable[..., Tensor]
     head_norm: Callable[..., HeadNorm]
 
 
-TORCH = Kernels("torch", RmsNorm, MoeLayer, rotate_and_store, HeadNorm)
+TORCH = Kernels("torch", RmsNorm, Linear, Linear, MoeLayer, rotate_and_store, HeadNorm)
 
 
 def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
@@ -44,6 +47,7 @@ def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
         raise ConfigError(f"kernels is 'triton', but the device is {device}; allowed there: auto, torch")
     from engine.layers import fused
     from engine.layers.fused_heads import FusedHeadNorm
+    from engine.layers.fused_linear import FusedLinear, SplitLinear
 
     moe_layer: Callable[..., MoeLayer] = MoeLayer
     if spec.moe_layers:
@@ -53,4 +57,6 @@ def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
         card = torch.cuda.get_device_name(device)
         tiles = tile_table(card, spec.num_experts, spec.hidden_size, spec.expert_size)
         moe_layer = partial(FusedMoeLayer, tiles=tiles, side=torch.cuda.Stream(device))
-    return Kernels("triton", fused.FusedRmsNorm, moe_layer, fused.rotate_and_store, FusedHeadNorm)
+    return Kernels(
+        "triton", fused.FusedRmsNorm, FusedLinear, SplitLinear, moe_layer, fused.rotate_and_store, FusedHeadNorm
+    )

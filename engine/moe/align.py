@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
+
 SMALL_STEP_PAIRS = 1024
 PAIRS_PER_PROGRAM = 32
 CHUNK_PAIRS = 128
@@ -26,7 +28,8 @@ CHUNKS_PER_SCAN_STEP = 32
 @dataclass(frozen=True, slots=True)
 class Alignment:
     order: Tensor  # [P] int32: pairs, sorted by expert
-    tiles: Tensor  # [max_tiles, 3] int32: expert, first row in ``order``, one past its last row; unused: no rows
+    tiles: Tensor  # [max_tiles, 3] int32: expert, first row in ``order``, one past its last row
+    num_tiles: Tensor  # [1] int32; tiles from there on hold nothing
 
     @staticmethod
     def empty(num_pairs: int, num_packed: int, tile_rows: int, device: torch.device) -> Alignment:
@@ -36,6 +39,7 @@ class Alignment:
         return Alignment(
             torch.empty(num_pairs, dtype=torch.int32, device=device),
             torch.empty(max_tiles, 3, dtype=torch.int32, device=device),
+            torch.empty(1, dtype=torch.int32, device=device),
         )
 
 
@@ -43,39 +47,41 @@ def align(ids: Tensor, num_packed: int, tile_rows: int) -> Alignment:
     """Sort the pairs of ``ids`` [T, A] int32 and cut each expert's into tiles of at most ``tile_rows`` rows."""
     num_pairs = ids.numel()
     alignment = Alignment.empty(num_pairs, num_packed, tile_rows, ids.device)
-    num_bins, max_tiles = triton.next_power_of_2(num_packed + 1), len(alignment.tiles)
+    num_bins, options = triton.next_power_of_2(num_packed + 1), launch_options(ids.device)
     if num_pairs <= SMALL_STEP_PAIRS:
         _sort_kernel[(triton.cdiv(num_pairs, PAIRS_PER_PROGRAM) + 1,)](
-            ids, alignment.order, alignment.tiles, num_pairs, max_tiles, tile_rows,
-            OWN=PAIRS_PER_PROGRAM, BINS=num_bins, MAX_TILES=triton.next_power_of_2(max_tiles), num_warps=8,
+            ids, alignment.order, alignment.tiles, alignment.num_tiles, num_pairs, tile_rows,
+            OWN=PAIRS_PER_PROGRAM, BINS=num_bins, num_warps=8, **options,
         )  # fmt: skip
         return alignment
     num_chunks = triton.cdiv(num_pairs, CHUNK_PAIRS)
     counts = torch.empty(num_chunks + 1, num_bins, dtype=torch.int32, device=ids.device)
-    _count_kernel[(num_chunks,)](ids, counts, num_pairs, CHUNK=CHUNK_PAIRS, BINS=num_bins, num_warps=8)
+    _count_kernel[(num_chunks,)](ids, counts, num_pairs, CHUNK=CHUNK_PAIRS, BINS=num_bins, num_warps=8, **options)
     _scan_kernel[(1,)](
-        counts, alignment.tiles, num_chunks, max_tiles, tile_rows,
-        CHUNKS=CHUNKS_PER_SCAN_STEP, MAX_TILES=triton.next_power_of_2(max_tiles), BINS=num_bins, num_warps=8,
+        counts, alignment.tiles, alignment.num_tiles, num_chunks, tile_rows,
+        CHUNKS=CHUNKS_PER_SCAN_STEP, BINS=num_bins, num_warps=8, **options,
     )  # fmt: skip
     _scatter_kernel[(num_chunks,)](
-        ids, counts, alignment.order, num_pairs, CHUNK=CHUNK_PAIRS, BINS=num_bins, num_warps=8
+        ids, counts, alignment.order, num_pairs, CHUNK=CHUNK_PAIRS, BINS=num_bins, num_warps=8, **options
     )
     return alignment
 
 
-@triton.jit(do_not_specialize=["num_pairs", "max_tiles"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
-    ids_ptr, order_ptr, tiles_ptr, num_pairs, max_tiles, tile_rows,
-    OWN: tl.constexpr, BINS: tl.constexpr, MAX_TILES: tl.constexpr,
+    ids_ptr, order_ptr, tiles_ptr, num_tiles_ptr, num_pairs, tile_rows,
+    OWN: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program places OWN pairs, each behind all that sort before it; the last program lists the tiles."""
     step = tl.arange(0, OWN)
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         is_bin = tl.zeros([BINS, OWN], dtype=tl.int32)
         for start in range(0, num_pairs, OWN):
             ids = tl.load(ids_ptr + start + step, mask=start + step < num_pairs, other=BINS)
             is_bin += (ids[None, :] == tl.arange(0, BINS)[:, None]).to(tl.int32)
-        list_tiles(tl.sum(is_bin, axis=1), tiles_ptr, max_tiles, tile_rows, MAX_TILES, BINS)
+        list_tiles(tl.sum(is_bin, axis=1), tiles_ptr, num_tiles_ptr, tile_rows, BINS)
         return
     own_pairs = tl.program_id(0) * OWN + step
     own_ids = tl.load(ids_ptr + own_pairs, mask=own_pairs < num_pairs, other=BINS)
@@ -89,8 +95,12 @@ def _sort_kernel(
 
 
 @triton.jit
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr, BINS: tl.constexpr):
+def _count_kernel(
+    ids_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     """counts[1 + chunk, id]: the chunk's pairs of each id. Row 0 is for the scan."""
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     bins = tl.arange(0, BINS)
     ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=BINS)
@@ -100,10 +110,12 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr, BINS: tl.
 
 @triton.jit
 def _scan_kernel(
-    counts_ptr, tiles_ptr, num_chunks, max_tiles, tile_rows,
-    CHUNKS: tl.constexpr, MAX_TILES: tl.constexpr, BINS: tl.constexpr,
+    counts_ptr, tiles_ptr, num_tiles_ptr, num_chunks, tile_rows,
+    CHUNKS: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """counts -> pairs of that id in earlier chunks; row 0 -> the id's first sorted row. Also lists the tiles."""
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     bins = tl.arange(0, BINS)
     total = tl.zeros([BINS], dtype=tl.int32)
     for start in range(0, num_chunks, CHUNKS):
@@ -113,11 +125,15 @@ def _scan_kernel(
         tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=chunks[:, None] < num_chunks)
         total += tl.sum(counts, axis=0)
     tl.store(counts_ptr + bins, tl.cumsum(total, axis=0) - total)
-    list_tiles(total, tiles_ptr, max_tiles, tile_rows, MAX_TILES, BINS)
+    list_tiles(total, tiles_ptr, num_tiles_ptr, tile_rows, BINS)
 
 
 @triton.jit
-def _scatter_kernel(ids_ptr, counts_ptr, order_ptr, num_pairs, CHUNK: tl.constexpr, BINS: tl.constexpr):
+def _scatter_kernel(
+    ids_ptr, counts_ptr, order_ptr, num_pairs, CHUNK: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     chunk = tl.program_id(0)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     bins = tl.arange(0, BINS)
@@ -129,8 +145,8 @@ def _scatter_kernel(ids_ptr, counts_ptr, order_ptr, num_pairs, CHUNK: tl.constex
 
 
 @triton.jit
-def list_tiles(counts, tiles_ptr, max_tiles, tile_rows, MAX_TILES: tl.constexpr, BINS: tl.constexpr):
-    """The tiles of bins with ``counts`` [BINS] pairs each, then unused ones without rows."""
+def list_tiles(counts, tiles_ptr, num_tiles_ptr, tile_rows, BINS: tl.constexpr):
+    """The tiles of bins with ``counts`` [BINS] pairs each, and how many these are."""
     bins = tl.arange(0, BINS)
     row_end = tl.cumsum(counts, axis=0)
     first_row = row_end - counts
@@ -142,7 +158,4 @@ def list_tiles(counts, tiles_ptr, max_tiles, tile_rows, MAX_TILES: tl.constexpr,
         tl.store(at, bins, mask=i < num_tiles)
         tl.store(at + 1, row, mask=i < num_tiles)
         tl.store(at + 2, tl.minimum(row + tile_rows, row_end), mask=i < num_tiles)
-    tiles = tl.arange(0, MAX_TILES)
-    unused = (tiles >= tl.sum(num_tiles, axis=0)) & (tiles < max_tiles)
-    for i in tl.static_range(3):
-        tl.store(tiles_ptr + tiles * 3 + i, tl.zeros([MAX_TILES], dtype=tl.int32), mask=unused)
+    tl.store(num_tiles_ptr, tl.sum(num_tiles, axis=0))

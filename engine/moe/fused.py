@@ -18,12 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.batch import RowInfo
 from engine.layers.fused import silu_and_mul_gated
+from engine.layers.fused_linear import MAX_ROWS, NUM_SPLITS, launch_linear
+from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
+from engine.layers.linear import GatedMlp
 from engine.moe.align import Alignment, align
 from engine.moe.experts import PackedExperts
-from engine.moe.fused_routing import choose, rewrite_
+from engine.moe.fused_routing import choose, rewrite
 from engine.moe.gate import Routing
 from engine.moe.layer import MoeLayer
 from engine.moe.tiles import MoeTiles, Tile, TileTable
+
+HALVED_ROWS = (32, 128)  # a tile at most half full runs as one of half the rows, by the same matrix instruction
 
 
 @dataclass(slots=True)
@@ -46,27 +51,39 @@ class FusedMoeLayer(MoeLayer):
         num_experts, num_columns = self.gate.weight.shape[0], self.gate.num_experts_per_token
         num_packed, tiles, dimmer = len(self.experts.gate_up), self.tiles.of(len(x)), self.dimmer
         shared = self.shared_expert
-        addends = x.new_empty(num_columns + (shared is not None), *x.shape)
+        num_shared = 0 if shared is None else NUM_SPLITS if len(x) <= MAX_ROWS else 1
+        addends = x.new_empty(num_columns + num_shared, *x.shape)
         main = torch.cuda.current_stream()
         if shared is not None:
             self.side.wait_stream(main)
         choice = choose(
-            x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows,
-            rank_by_count=dimmer is not None and dimmer.rank_by_count,
-        )  # fmt: skip
+            x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer
+        )
         if shared is not None:
             chosen = main.record_event()
             with torch.cuda.stream(self.side):
-                gate_up = F.linear(x, shared.gate_up)
-                self.side.wait_event(chosen)
-                hidden = silu_and_mul_gated(gate_up, choice.shared_logits)
-                torch.mm(hidden, shared.down.t(), out=addends[num_columns])
+                self._run_shared_expert(shared, x, choice.shared_logits, chosen, addends[num_columns:])
+        routing = choice.routing
         if dimmer is not None:
-            rewrite_(dimmer, self.index, choice, rows, dimmed_pairs)
-        run_experts(x, choice.routing, self.experts, tiles, addends[:num_columns])
+            routing = rewrite(dimmer, self.index, choice, rows, dimmed_pairs)
+        run_experts(x, routing, self.experts, tiles, addends[:num_columns])
         if shared is not None:
             main.wait_stream(self.side)
         return addends
+
+    def _run_shared_expert(
+        self, expert: GatedMlp, x: Tensor, logits: Tensor, chosen: torch.cuda.Event, out: Tensor
+    ) -> None:
+        """out.sum(0) = sigmoid(logits) * expert(x); ``logits`` are there once ``chosen`` is."""
+        if len(x) <= MAX_ROWS:
+            hidden = x.new_empty(1, len(x), expert.down.shape[1])
+            launch_linear(x, expert.gate_up, hidden, gated=True)
+            self.side.wait_event(chosen)
+            launch_linear(hidden[0], expert.down, out, row_logits=logits)
+            return
+        products = F.linear(x, expert.gate_up)
+        self.side.wait_event(chosen)
+        torch.mm(silu_and_mul_gated(products, logits), expert.down.t(), out=out[0])
 
 
 MIN_ROUTER_ROWS = 16  # the matrix unit's
@@ -100,11 +117,12 @@ def launch_gate_up(
 ) -> None:
     """hidden[r] = silu(gate(x)) * up(x) of the pair in sorted row r. [T, D], [N, 2F, D] -> [P, F]"""
     num_column_tiles = triton.cdiv(sizes.expert_size, tile.columns)
-    _gate_up_kernel[(len(alignment.tiles) * num_column_tiles,)](
-        x, _weights(gate_up, tile), alignment.order, alignment.tiles, hidden,
+    _gate_up_kernel[(num_programs(len(alignment.tiles) * num_column_tiles, tile_rows, 2, tile, x.device),)](
+        x, _weights(gate_up, tile), alignment.order, alignment.tiles, alignment.num_tiles, hidden,
         sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.hidden_size, SIZE=sizes.expert_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -114,12 +132,25 @@ def launch_down(
 ) -> None:  # fmt: skip
     """out[a, t] = weight * down(hidden) of each pair. [P, F], [N, D, F] -> [A, T, D]"""
     num_column_tiles = triton.cdiv(sizes.hidden_size, tile.columns)
-    _down_kernel[(len(alignment.tiles) * num_column_tiles,)](
-        hidden, _weights(down, tile), weights, alignment.order, alignment.tiles, out,
+    _down_kernel[(num_programs(len(alignment.tiles) * num_column_tiles, tile_rows, 1, tile, hidden.device),)](
+        hidden, _weights(down, tile), weights, alignment.order, alignment.tiles, alignment.num_tiles, out,
         sizes.num_tokens, sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.expert_size, SIZE=sizes.hidden_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **launch_options(out.device),
     )  # fmt: skip
+
+
+def num_programs(max_work: int, tile_rows: int, products: int, tile: Tile, device: torch.device) -> int:
+    """As many as the card holds at once; each takes every so-manieth tile, so that unused tiles cost nothing."""
+    if device.type != "cuda":
+        return min(max_work, 7)
+    card = torch.cuda.get_device_properties(device)
+    is_pipelined_deeper = tile_rows >= 64 and card.major >= 9  # Hopper's matrix instruction reads shared memory itself
+    num_buffers = tile.num_stages - (not is_pipelined_deeper)
+    shared_bytes = (tile_rows + products * tile.columns) * tile.depth * 2 * num_buffers
+    per_core = max(1, min(card.shared_memory_per_multiprocessor // shared_bytes, 16 // tile.num_warps))
+    return min(max_work, per_core * card.multi_processor_count)
 
 
 def _weights(table: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
@@ -131,32 +162,48 @@ def _weights(table: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
 
 @triton.jit(do_not_specialize=["num_columns", "no_expert", "num_column_tiles"])
 def _gate_up_kernel(
-    x_ptr, weights, order_ptr, tiles_ptr, out_ptr, num_columns, no_expert, num_column_tiles,
+    x_ptr, weights, order_ptr, tiles_ptr, num_tiles_ptr, out_ptr, num_columns, no_expert, num_column_tiles,
+    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
+    ROWS: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * num_column_tiles, tl.num_programs(0)):
+        tile = tiles_ptr + (work // num_column_tiles) * 3
+        expert, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        first_column = (work % num_column_tiles) * COLUMNS
+        if expert != no_expert:
+            if HALVES and end - first <= ROWS // 2:
+                _gate_up_tile(x_ptr, weights, order_ptr, out_ptr, num_columns, expert, first, end, first_column,
+                              K, SIZE, BULK_COPY, ROWS // 2, COLUMNS, DEPTH)  # fmt: skip
+            else:
+                _gate_up_tile(x_ptr, weights, order_ptr, out_ptr, num_columns, expert, first, end, first_column,
+                              K, SIZE, BULK_COPY, ROWS, COLUMNS, DEPTH)  # fmt: skip
+    let_next_start(DEPENDENT)  # not before: the next product would take the shared expert's places
+
+
+@triton.jit
+def _gate_up_tile(
+    x_ptr, weights, order_ptr, out_ptr, num_columns, expert, first, end, first_column,
     K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles_ptr + (tl.program_id(0) // num_column_tiles) * 3
-    first, end = tl.load(tile + 1), tl.load(tile + 2)
-    expert = tl.load(tile).to(tl.int64)
-    if (first >= end) | (expert == no_expert):
-        return
-    rows = first + tl.arange(0, ROWS)
-    first_column = (tl.program_id(0) % num_column_tiles) * COLUMNS
-    columns = first_column + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
+    rows = first + tl.arange(0, ROWS)
+    is_row = (rows < end)[:, None]
+    columns = first_column + tl.arange(0, COLUMNS)
     tokens = tl.load(order_ptr + rows, mask=rows < end, other=0) // num_columns
     x_at = x_ptr + tokens.to(tl.int64)[:, None] * K + depth[None, :]
-    gate_row = expert.to(tl.int32) * 2 * SIZE + first_column
+    gate_row = expert * 2 * SIZE + first_column
     if not BULK_COPY:  # columns beyond the width wrap around and are not stored
-        gate_at = weights + expert * 2 * SIZE * K + (columns % SIZE)[None, :] * K + depth[:, None]
+        gate_at = weights + expert.to(tl.int64) * 2 * SIZE * K + (columns % SIZE)[None, :] * K + depth[:, None]
     gate = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     up = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, K, DEPTH):
         inside = depth < K - start
         if K % DEPTH == 0:
-            x = tl.load(x_at)
+            x = tl.load(x_at, mask=is_row, other=0.0)
         else:
-            x = tl.load(x_at, mask=inside[None, :], other=0.0)
+            x = tl.load(x_at, mask=is_row & inside[None, :], other=0.0)
         if BULK_COPY:
             gate_weight = weights.load([gate_row, start]).T
             up_weight = weights.load([gate_row + SIZE, start]).T
@@ -173,52 +220,69 @@ def _gate_up_kernel(
         x_at += DEPTH
     out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
     out_at = out_ptr + rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
-    tl.store(out_at, out, mask=(rows < end)[:, None] & (columns < SIZE)[None, :])
+    tl.store(out_at, out, mask=is_row & (columns < SIZE)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_columns", "no_expert", "num_column_tiles"])
 def _down_kernel(
-    hidden_ptr, weights, pair_weights_ptr, order_ptr, tiles_ptr, out_ptr,
+    hidden_ptr, weights, pair_weights_ptr, order_ptr, tiles_ptr, num_tiles_ptr, out_ptr,
     num_tokens, num_columns, no_expert, num_column_tiles,
+    K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
+    ROWS: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * num_column_tiles, tl.num_programs(0)):
+        tile = tiles_ptr + (work // num_column_tiles) * 3
+        expert, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        first_column = (work % num_column_tiles) * COLUMNS
+        if HALVES and end - first <= ROWS // 2:
+            _down_tile(
+                hidden_ptr, weights, pair_weights_ptr, order_ptr, out_ptr, num_tokens, num_columns, no_expert,
+                expert, first, end, first_column, K, SIZE, BULK_COPY, ROWS // 2, COLUMNS, DEPTH,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                hidden_ptr, weights, pair_weights_ptr, order_ptr, out_ptr, num_tokens, num_columns, no_expert,
+                expert, first, end, first_column, K, SIZE, BULK_COPY, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    hidden_ptr, weights, pair_weights_ptr, order_ptr, out_ptr, num_tokens, num_columns, no_expert,
+    expert, first, end, first_column,
     K: tl.constexpr, SIZE: tl.constexpr, BULK_COPY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles_ptr + (tl.program_id(0) // num_column_tiles) * 3
-    first, end = tl.load(tile + 1), tl.load(tile + 2)
-    expert = tl.load(tile).to(tl.int64)
-    if first >= end:
-        return
+    depth = tl.arange(0, DEPTH)
     rows = first + tl.arange(0, ROWS)
-    first_column = (tl.program_id(0) % num_column_tiles) * COLUMNS
+    is_row = (rows < end)[:, None]
     columns = first_column + tl.arange(0, COLUMNS)
     pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)
+    out = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if expert != no_expert:
+        hidden_at = hidden_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
+        weight_row = expert * SIZE + first_column
+        if not BULK_COPY:
+            weight_at = weights + expert.to(tl.int64) * SIZE * K + (columns % SIZE)[None, :] * K + depth[:, None]
+        for start in range(0, K, DEPTH):
+            inside = depth < K - start
+            if K % DEPTH == 0:
+                hidden = tl.load(hidden_at, mask=is_row, other=0.0)
+            else:
+                hidden = tl.load(hidden_at, mask=is_row & inside[None, :], other=0.0)
+            if BULK_COPY:
+                weight = weights.load([weight_row, start]).T
+            elif K % DEPTH == 0:
+                weight = tl.load(weight_at)
+                weight_at += DEPTH
+            else:
+                weight = tl.load(weight_at, mask=inside[:, None], other=0.0)
+                weight_at += DEPTH
+            out = tl.dot(hidden, weight, out, input_precision="ieee")
+            hidden_at += DEPTH
+        out *= tl.load(pair_weights_ptr + pairs, mask=rows < end, other=0.0).to(tl.float32)[:, None]
     target = (pairs % num_columns).to(tl.int64) * num_tokens + pairs // num_columns
     out_at = out_ptr + target[:, None] * SIZE + columns[None, :]
-    stored = (rows < end)[:, None] & (columns < SIZE)[None, :]
-    if expert == no_expert:
-        tl.store(out_at, tl.zeros([ROWS, COLUMNS], dtype=out_ptr.dtype.element_ty), mask=stored)
-        return
-    depth = tl.arange(0, DEPTH)
-    hidden_at = hidden_ptr + tl.where(rows < end, rows, first).to(tl.int64)[:, None] * K + depth[None, :]
-    weight_row = expert.to(tl.int32) * SIZE + first_column
-    if not BULK_COPY:
-        weight_at = weights + expert * SIZE * K + (columns % SIZE)[None, :] * K + depth[:, None]
-    out = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(0, K, DEPTH):
-        inside = depth < K - start
-        if K % DEPTH == 0:
-            hidden = tl.load(hidden_at)
-        else:
-            hidden = tl.load(hidden_at, mask=inside[None, :], other=0.0)
-        if BULK_COPY:
-            weight = weights.load([weight_row, start]).T
-        elif K % DEPTH == 0:
-            weight = tl.load(weight_at)
-            weight_at += DEPTH
-        else:
-            weight = tl.load(weight_at, mask=inside[:, None], other=0.0)
-            weight_at += DEPTH
-        out = tl.dot(hidden, weight, out, input_precision="ieee")
-        hidden_at += DEPTH
-    out *= tl.load(pair_weights_ptr + pairs, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=stored)
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_row & (columns < SIZE)[None, :])

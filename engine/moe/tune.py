@@ -1,7 +1,7 @@
 """Finds the fastest tiles of the grouped products on this card: python -m engine.moe.tune MODEL_DIR
 
-For each number of tokens every candidate is timed undimmed (tokens spread evenly over all experts) and dimmed (over an
-eighth of them); the best choice is written where engine.moe.tiles looks for it.
+For each number of tokens every candidate is timed undimmed (tokens spread evenly over all experts) and dimmed (united
+experts stand in for eight each); the best choice is written where engine.moe.tiles looks for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.moe.tiles import MoeTiles, Tile, TileTable, tuned_path
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 DECODE_TOKENS = 512  # up to here the weights' bytes decide, beyond the arithmetic
 TOLERANCE = 1.005
-DIMMED_SHARE = 8
+DIMMED_WAY = 8
 NUM_ROUTINGS = 8  # timed in turn, so that one launch finds nothing of the last in the cache
 REPEATS = 5
 MAX_SHARED_BYTES = 227 * 1024
@@ -37,7 +37,7 @@ def candidates(rows: int, products: int) -> list[Tile]:
     """Tiles worth compiling for ``rows`` pairs a tile; ``products`` weight matrices are read side by side."""
     is_hopper = torch.cuda.get_device_capability()[0] == 9
     if rows <= 32:
-        space = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (False,))
+        space = itertools.product((64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (False,))
     else:
         space = itertools.product((64, 128, 256), (32, 64), (4, 8), (3, 4), (False, True) if is_hopper else (False,))
     return [
@@ -46,19 +46,19 @@ def candidates(rows: int, products: int) -> list[Tile]:
         if (rows + products * columns) * depth * 2 * stages <= MAX_SHARED_BYTES
         and rows * columns * products <= 64 * 256 * (warps // 4)
         and (depth == 64 or not bulk_copy)
-        and (rows > 32 or products * columns * depth * 2 * stages >= 48 * 1024)
+        and (rows > 32 or products * columns * depth * 2 * (stages - 1) >= 48 * 1024)
     ]
 
 
 def row_choices(num_tokens: int) -> tuple[int, ...]:
     if num_tokens < 32:
         return (16,)
-    return (16, 32) if num_tokens <= 64 else (16, 32, 64) if num_tokens <= DECODE_TOKENS else (64, 128)
+    return (32,) if num_tokens <= 256 else (32, 64) if num_tokens <= DECODE_TOKENS else (64, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One number of tokens on random weights: routings over all experts, then over few."""
+    """One number of tokens on random weights: routings to all experts, then to united ones."""
 
     x: Tensor
     gate_up: Tensor
@@ -73,15 +73,18 @@ class _Problem:
         generator = torch.Generator(device).manual_seed(num_tokens)
         num_columns = spec.num_experts_per_token
 
-        def routing(num_active: int) -> Tensor:
-            scores = torch.rand(num_tokens, num_active, generator=generator, device=device)
-            return scores.argsort(-1)[:, :num_columns].int().contiguous()
+        def routing(way: int, index: int) -> Tensor:
+            """One of each ``way`` experts stands in for all of them, another one at the next ``index``."""
+            scores = torch.rand(num_tokens, spec.num_experts, generator=generator, device=device)
+            ids = scores.argsort(-1)[:, :num_columns] // way * way + index % way
+            ids = ids.clamp(max=spec.num_experts - 1)
+            earlier = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)  # pairs that meet in one expert merge
+            return torch.where(earlier, len(gate_up), ids).int()
 
-        active = (spec.num_experts, max(num_columns, spec.num_experts // DIMMED_SHARE))
         return _Problem(
             torch.randn(num_tokens, spec.hidden_size, generator=generator, device=device, dtype=gate_up.dtype),
             gate_up, down,
-            [[routing(n) for _ in range(NUM_ROUTINGS)] for n in active],
+            [[routing(way, i) for i in range(NUM_ROUTINGS)] for way in (1, DIMMED_WAY)],
             torch.rand(num_tokens, num_columns, generator=generator, device=device),
             ExpertSizes(num_tokens, num_columns, len(gate_up), spec.hidden_size, spec.expert_size),
         )  # fmt: skip

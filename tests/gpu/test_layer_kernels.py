@@ -10,7 +10,8 @@ from engine.attention.sdpa import SdpaAttention
 from engine.batch import AttentionMetadata
 from engine.kv_cache.storage import KvStorage
 from engine.layers import fused, rotary
-from engine.layers.linear import silu_and_mul
+from engine.layers.fused_linear import FusedLinear, SplitLinear, launch_linear
+from engine.layers.linear import Linear, silu_and_mul
 from engine.layers.norm import RmsNorm
 from engine.models.spec import ModelSpec
 
@@ -59,6 +60,24 @@ def test_gated_activation(kernel_device: torch.device) -> None:
     gate_up, share_logits = draw(5, 2 * 40, device=kernel_device), draw(5, device=kernel_device, seed=1)
     expected = silu_and_mul(gate_up) * share_logits.sigmoid()[:, None]
     torch.testing.assert_close(fused.silu_and_mul_gated(gate_up, share_logits), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 64])
+@pytest.mark.parametrize(("size", "depth"), [(40, 96), (300, 512), (24, 1408)])
+def test_linear_of_few_rows(kernel_device: torch.device, num_rows: int, size: int, depth: int) -> None:
+    x, weight = draw(num_rows, depth, device=kernel_device), draw(2 * size, depth, device=kernel_device, seed=1)
+    bias, logits = draw(2 * size, device=kernel_device, seed=2), draw(num_rows, device=kernel_device, seed=3)
+    expected = Linear(weight, bias)(x)
+    torch.testing.assert_close(FusedLinear(weight, bias)(x), expected, rtol=1e-4, atol=1e-4)
+    addends = SplitLinear(weight, bias)(x)
+    torch.testing.assert_close(addends.sum(0), expected, rtol=1e-4, atol=1e-4)
+    assert addends.dtype is torch.float32
+    gated = torch.full((1, num_rows, size), float("nan"), device=kernel_device)
+    launch_linear(x, weight, gated, gated=True)
+    torch.testing.assert_close(gated[0], silu_and_mul(x @ weight.t()), rtol=1e-4, atol=1e-3)
+    scaled = torch.full((3, num_rows, 2 * size), float("nan"), device=kernel_device)
+    launch_linear(x, weight, scaled, row_logits=logits)
+    torch.testing.assert_close(scaled.sum(0), x @ weight.t() * logits.sigmoid()[:, None], rtol=1e-4, atol=1e-4)
 
 
 def test_argmax_takes_the_first_of_equals(kernel_device: torch.device) -> None:
