@@ -63,9 +63,10 @@ def launch_linear(
     rows = max(MIN_ROWS, triton.next_power_of_2(num_rows))
     columns = tile_columns(num_columns, num_splits, x.device)
     stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH * x.element_size()
+    split = triton.cdiv(triton.cdiv(depth, DEPTH), num_splits) * DEPTH
     _linear_kernel[(triton.cdiv(num_columns, columns), num_splits)](
         x, weight, bias, row_logits, out, num_rows, num_columns,
-        K=depth, SPLIT=triton.cdiv(triton.cdiv(depth, DEPTH), num_splits) * DEPTH, GATED=gated,
+        K=depth, SPLIT=split, EVEN=num_splits * split == depth, GATED=gated,
         ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, num_warps=4, num_stages=max(3, min(6, SHARED_BYTES // stage_bytes + 1)),
         **launch_options(x.device),
     )  # fmt: skip
@@ -83,7 +84,7 @@ def tile_columns(num_columns: int, num_splits: int, device: torch.device) -> int
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, row_logits_ptr, out_ptr, num_rows, num_columns,
-    K: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
@@ -99,7 +100,7 @@ def _linear_kernel(
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
     for start in range(0, SPLIT, DEPTH):
-        if K % SPLIT == 0 and SPLIT % DEPTH == 0:
+        if EVEN:
             x = tl.load(x_at + start, mask=in_step[:, None], other=0.0)
             weight = tl.load(weight_at + start)
         else:
@@ -108,7 +109,7 @@ def _linear_kernel(
             weight = tl.load(weight_at + start, mask=inside[:, None], other=0.0)
         out = tl.dot(x, weight, out, input_precision="ieee")
         if GATED:
-            if K % SPLIT == 0 and SPLIT % DEPTH == 0:
+            if EVEN:
                 up_weight = tl.load(up_at + start)
             else:
                 up_weight = tl.load(up_at + start, mask=inside[:, None], other=0.0)
