@@ -63,11 +63,12 @@ def launch_linear(
     rows = max(MIN_ROWS, triton.next_power_of_2(num_rows))
     columns = tile_columns(num_columns, num_splits, x.device)
     stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH * x.element_size()
+    stages = max(3, min(6, SHARED_BYTES // stage_bytes + 1))
     split = triton.cdiv(triton.cdiv(depth, DEPTH), num_splits) * DEPTH
     _linear_kernel[(triton.cdiv(num_columns, columns), num_splits)](
         x, weight, bias, row_logits, out, num_rows, num_columns,
         K=depth, SPLIT=split, EVEN=num_splits * split == depth, GATED=gated,
-        ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, num_warps=4, num_stages=max(3, min(6, SHARED_BYTES // stage_bytes + 1)),
+        ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, num_warps=4, num_stages=stages,
         **launch_options(x.device),
     )  # fmt: skip
 

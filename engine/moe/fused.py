@@ -56,9 +56,7 @@ class FusedMoeLayer(MoeLayer):
         main = torch.cuda.current_stream()
         if shared is not None:
             self.side.wait_stream(main)
-        choice = choose(
-            x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer
-        )
+        choice = choose(x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer)
         if shared is not None:
             chosen = main.record_event()
             with torch.cuda.stream(self.side):
@@ -121,7 +119,8 @@ def launch_gate_up(
         x, _weights(gate_up, tile), alignment.order, alignment.tiles, alignment.num_tiles, hidden,
         sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.hidden_size, SIZE=sizes.expert_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
         **launch_options(x.device),
     )  # fmt: skip
 
@@ -136,7 +135,8 @@ def launch_down(
         hidden, _weights(down, tile), weights, alignment.order, alignment.tiles, alignment.num_tiles, out,
         sizes.num_tokens, sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.expert_size, SIZE=sizes.hidden_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
         **launch_options(out.device),
     )  # fmt: skip
 

@@ -72,15 +72,16 @@ def choose(
 
 def rewrite(dimmer: Dimmer, layer: int, choice: Choice, rows: RowInfo, dimmed_pairs: Tensor) -> Routing:
     """Dimmer.rewrite of a choice made with this dimmer; adds each row's dimmed pairs to ``dimmed_pairs`` [T]."""
-    routing = choice.routing
+    routing, use = choice.routing, choice.use
+    assert use is not None
     num_tokens, num_columns = routing.ids.shape
     chunk_rows = MIN_CHUNK_ROWS if num_tokens <= SMALL_STEP_TOKENS else LARGE_CHUNK_ROWS
     out = Routing(torch.empty_like(routing.ids), torch.empty_like(routing.weights))
     _dim_kernel[(triton.cdiv(num_tokens, chunk_rows),)](
-        routing.ids, routing.weights, choice.use, rows.phase, rows.exact, rows.levels,
+        routing.ids, routing.weights, use, rows.phase, rows.exact, rows.levels,
         dimmer.share, dimmer.way_row, dimmer.united_of[layer], dimmer.protected[layer],
         out.ids, out.weights, dimmed_pairs, num_tokens, len(dimmer.identity), dimmer.num_packed,
-        A=num_columns, BLOCK_A=triton.next_power_of_2(num_columns), ROWS=chunk_rows, BLOCK_E=choice.use.shape[1],
+        A=num_columns, BLOCK_A=triton.next_power_of_2(num_columns), ROWS=chunk_rows, BLOCK_E=use.shape[1],
         num_warps=16, **launch_options(routing.ids.device),
     )  # fmt: skip
     return out
@@ -127,7 +128,7 @@ def _choose_kernel(
     splits = tl.arange(0, SPLITS)
     valid = tl.load(valid_ptr + row) != 0
     if use_ptr is not None:
-        any_level = tl.load(levels_ptr) + tl.load(levels_ptr + 1)
+        counts = valid & (tl.load(levels_ptr) + tl.load(levels_ptr + 1) > 0)
         stays = (tl.load(exact_ptr + row) != 0) | (tl.load(levels_ptr + tl.load(phase_ptr + row)) == 0)
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
@@ -149,11 +150,11 @@ def _choose_kernel(
     tl.store(ids_ptr + row * A + columns, ids, mask=columns < A)
     tl.store(weights_ptr + row * A + columns, weights, mask=columns < A)
     if use_ptr is not None:
-        if any_level > 0:
-            mass = tl.full([BLOCK_A], 1, tl.int64) if BY_COUNT else (weights * MASS_UNIT).to(tl.int64)
-            is_pair = (columns < A) & valid
-            tl.atomic_add(use_ptr + ids, mass, mask=is_pair, sem="relaxed")
-            tl.atomic_add(use_ptr + BLOCK_E + ids, tl.full([BLOCK_A], 1, tl.int64), mask=is_pair & stays, sem="relaxed")
+        mass = tl.full([BLOCK_A], 1, tl.int64) if BY_COUNT else (weights * MASS_UNIT).to(tl.int64)
+        is_counted = (columns < A) & counts
+        one = tl.full([BLOCK_A], 1, tl.int64)
+        tl.atomic_add(use_ptr + ids, mass, mask=is_counted, sem="relaxed")
+        tl.atomic_add(use_ptr + BLOCK_E + ids, one, mask=is_counted & stays, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
