@@ -20,7 +20,7 @@ from engine.layers.linear import Linear
 
 MAX_ROWS = 64
 MIN_ROWS = 16  # the matrix unit's
-DEPTH = 128
+DEPTH_BYTES = 256  # of a row of weights per step of the inner loop
 NUM_SPLITS = 4
 SHARED_BYTES = 100 * 1024  # of one program; two of them fit an H100's core, one an A100's
 
@@ -58,17 +58,18 @@ def launch_linear(
     ``gated``, with one split: ``weight`` is [2 N, K], gate before up; out[0] = silu(x @ gate.T) * (x @ up.T).
     T is at most MAX_ROWS.
     """
-    num_rows, depth = x.shape
+    num_rows, num_inputs = x.shape
     num_splits, _, num_columns = out.shape
+    depth = DEPTH_BYTES // x.element_size()
     rows = max(MIN_ROWS, triton.next_power_of_2(num_rows))
     columns = tile_columns(num_columns, num_splits, x.device)
-    stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH * x.element_size()
+    stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH_BYTES
     stages = max(3, min(6, SHARED_BYTES // stage_bytes + 1))
-    split = triton.cdiv(triton.cdiv(depth, DEPTH), num_splits) * DEPTH
+    split = triton.cdiv(triton.cdiv(num_inputs, depth), num_splits) * depth
     _linear_kernel[(triton.cdiv(num_columns, columns), num_splits)](
         x, weight, bias, row_logits, out, num_rows, num_columns,
-        K=depth, SPLIT=split, EVEN=num_splits * split == depth, GATED=gated,
-        ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, num_warps=4, num_stages=stages,
+        K=num_inputs, SPLIT=split, EVEN=num_splits * split == num_inputs, GATED=gated,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=stages,
         **launch_options(x.device),
     )  # fmt: skip
 

@@ -120,8 +120,8 @@ def launch_gate_up(
         sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.hidden_size, SIZE=sizes.expert_size, BULK_COPY=tile.bulk_copy,
         ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
-        COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **launch_options(x.device),
+        COLUMNS=tile.columns, DEPTH=tile.depth * 2 // x.element_size(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def launch_down(
         sizes.num_tokens, sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.expert_size, SIZE=sizes.hidden_size, BULK_COPY=tile.bulk_copy,
         ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
-        COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **launch_options(out.device),
+        COLUMNS=tile.columns, DEPTH=tile.depth * 2 // hidden.element_size(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(out.device),
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def num_programs(max_work: int, tile_rows: int, products: int, tile: Tile, devic
 def _weights(table: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
     """The packed table [N, rows, K] as a kernel reads it: by pointers, or in boxes of one tile."""
     if tile.bulk_copy:
-        return TensorDescriptor.from_tensor(table.flatten(0, 1), [tile.columns, tile.depth])
+        return TensorDescriptor.from_tensor(table.flatten(0, 1), [tile.columns, tile.depth * 2 // table.element_size()])
     return table
 
 

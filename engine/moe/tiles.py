@@ -19,7 +19,7 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """``columns`` of the result by ``depth`` of the product per step of the inner loop."""
+    """``columns`` of the result by ``depth`` of the product, in numbers of two bytes, per step of the inner loop."""
 
     columns: int
     depth: int
