@@ -26,6 +26,7 @@ from engine.models.registry import load_spec
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+MAX_NUM_SEQS = 512
 WARM_UP_REQUESTS = 64
 SEED = 0
 
@@ -41,7 +42,7 @@ def load(exempt: int, directory: Path) -> Engine:
         EngineConfig(
             ModelConfig(str(directory), load_format="random", max_model_len=MAX_MODEL_LEN),
             cache=CacheConfig(prefix_caching=False),
-            scheduler=SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=PREFILL_STEP_TOKENS),
+            scheduler=SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=PREFILL_STEP_TOKENS),
             brownout=BrownoutConfig(
                 ways=(8,), exempt_first=exempt, exempt_last=exempt, allow_unmeasured=True, profile_repeats=0
             ),

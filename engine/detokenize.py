@@ -53,6 +53,8 @@ class IncrementalDetokenizer:
 
     def _add(self, text: str) -> str:
         """Take in ``text`` and return what can be shown."""
+        if not self._stop:
+            return text
         num_old = len(self._held)
         self._held += text
         if self._stop and self._num_tokens >= self._min_tokens and (match := self._first_match(num_old)):

@@ -15,6 +15,7 @@ Not thread-safe: one thread owns it. `engine.async_engine` runs it in a thread o
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class Engine:
         self._under_way: _StepUnderWay | None = None
         self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
         self._held_outputs: list[RequestOutput] = []
+        self._num_deliberate = 0  # requests that want more than the likeliest token
         self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
@@ -117,6 +119,7 @@ class Engine:
         state = RequestState(request, self.tokenizer, now_s - request.waited_s, self.info.vocab_size, grammar)
         self.scheduler.add(state.sequence)
         self._requests[request.request_id] = state
+        self._num_deliberate += state.deliberate
         self.brownout.learn_arrival(now_s)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -162,9 +165,9 @@ class Engine:
 
     def _may_overlap(self) -> bool:
         """A request whose next token depends on more than the model's logits waits for the host to know the last."""
-        return self._overlaps and all(
-            self._requests[sequence.request_id].sampling.takes_argmax for sequence in self.scheduler.running
-        )
+        if not self._overlaps or not self._num_deliberate:
+            return self._overlaps
+        return all(self._requests[s.request_id].sampling.takes_argmax for s in self.scheduler.running)
 
     def _launch_step(self, runner: Runner) -> _StepUnderWay | None:
         now_s = self._clock()
@@ -210,13 +213,21 @@ class Engine:
     def _spent(self, batch: ScheduledBatch, levels: Levels) -> dict[ServiceClass, tuple[int, float]]:
         """class |-> (tokens of the step, sum of their quality loss in nats)."""
         spent: dict[ServiceClass, tuple[int, float]] = {}
-        losses = self.info.level_loss
-        for item in batch:
-            service_class, level = item.sequence.request.service_class, self._level(item, levels)
+        tokens = Counter(item.sequence.request.service_class for item in batch.decodes)
+        loss = self._loss_nats(levels.decode)
+        for service_class, count in tokens.items():
+            spent[service_class] = (count, count * loss if service_class is not ServiceClass.FULL else 0.0)
+        loss = self._loss_nats(levels.prefill)
+        for item in batch.prefills:
+            service_class = item.sequence.request.service_class
             num_tokens, loss_nats = spent.get(service_class, (0, 0.0))
-            loss_nats += item.num_tokens * losses[level] if losses else 0.0
-            spent[service_class] = (num_tokens + item.num_tokens, loss_nats)
+            own_nats = 0.0 if item.sequence.exact else item.num_tokens * loss
+            spent[service_class] = (num_tokens + item.num_tokens, loss_nats + own_nats)
         return spent
+
+    def _loss_nats(self, level: int) -> float:
+        """Per token; 0 where the ladder is not measured."""
+        return self.info.level_loss[level] if self.info.level_loss else 0.0
 
     def _record_experts(self) -> None:
         counter = self._runner.slot.counter if self._runner is not None else None
@@ -225,41 +236,41 @@ class Engine:
             self._experts_taken_s = now_s
             self.recorder.record_layers(counter.take())
 
-    def _level(self, item: ScheduledSequence, levels: Levels) -> int:
-        return 0 if item.sequence.exact else levels.of(item.phase)
-
     def _collect(
         self, batch: ScheduledBatch, levels: Levels, result: StepResult, setting_version: int
     ) -> list[RequestOutput]:
         now_s = self._clock()
+        requests, max_model_len = self._requests, self.info.max_model_len
         outputs = []
-        for index, item in enumerate(batch):
-            state = self._requests.get(item.sequence.request_id)
+        for item, token_id, logprob, dimmed_pairs in zip(
+            batch, result.token_ids, result.logprobs, result.dimmed_pairs, strict=True
+        ):
+            state = requests.get(item.sequence.request_id)
             if state is None or state.sequence is not item.sequence:
                 continue  # it ended while this step was under way
-            self._charge(item, levels, result.dimmed_pairs[index], setting_version)
-            token_id = result.token_ids[index]
+            self._charge(item, levels, dimmed_pairs, setting_version)
             if token_id is None:
                 continue
-            if state.sequence.first_token_s is None:
+            if item.sequence.first_token_s is None:
                 self._record_first_token(state, now_s)
-            output = state.append(token_id, result.logprobs[index], now_s, self.info.max_model_len)
+            output = state.append(token_id, logprob, now_s, max_model_len)
             if output.finish_reason is not None:
                 output = self._finish(state, output.finish_reason, output)
             outputs.append(output)
         return outputs
 
     def _charge(self, item: ScheduledSequence, levels: Levels, dimmed_pairs: int, setting_version: int) -> None:
-        sequence = item.sequence
-        level = self._level(item, levels)
-        sequence.routed_pairs += item.num_tokens * self._pairs_per_token
-        sequence.dimmed_pairs += dimmed_pairs
-        sequence.level_peak = max(sequence.level_peak, level)
-        sequence.level_tokens += item.num_tokens * level
-        sequence.computed_tokens += item.num_tokens
+        sequence, num_tokens = item.sequence, item.num_tokens
+        sequence.computed_tokens += num_tokens
+        sequence.routed_pairs += num_tokens * self._pairs_per_token
         sequence.setting_version = setting_version
         if sequence.first_setting_version is None:
             sequence.first_setting_version = setting_version
+        if levels.peak and not sequence.exact:
+            level = levels.of(item.phase)
+            sequence.dimmed_pairs += dimmed_pairs
+            sequence.level_peak = max(sequence.level_peak, level)
+            sequence.level_tokens += num_tokens * level
 
     def _record_first_token(self, state: RequestState, now_s: float) -> None:
         sequence = state.sequence
@@ -271,6 +282,7 @@ class Engine:
     def _finish(self, state: RequestState, reason: FinishReason, output: RequestOutput | None = None) -> RequestOutput:
         sequence = state.sequence
         del self._requests[sequence.request_id]
+        self._num_deliberate -= state.deliberate
         self.scheduler.remove(sequence)
         if reason is not FinishReason.ABORT:
             self.brownout.learn_finish(sequence.num_generated)

@@ -11,7 +11,6 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,19 +25,13 @@ from engine.types import Levels
 
 logger = logging.getLogger(__name__)
 
-DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+DECODE_SIZES = (
+    1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+)  # fmt: skip
 ROW_SIZES = (
     *range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)
 )  # fmt: skip
 NUM_RESULT_BUFFERS = 2  # one is read by the host while the next step writes the other
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """A graph that ends with the choice of tokens."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor  # [size, V]
 
 
 class GraphStep:
@@ -78,17 +71,20 @@ class StepGraphs:
             torch.zeros_like(self._results, device="cpu").pin_memory() for _ in range(NUM_RESULT_BUFFERS)
         ]
         self._turn = 0
+        self._queries, self._attended, self._normed, self._logits = self._buffers(max_rows)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(priority=-1)  # small kernels of the main chain go before the shared expert's
         sequence_sizes = _sizes_up_to(max_num_seqs, DECODE_SIZES)
-        self._decodes: dict[int, _Whole] = {}
+        self._decodes: dict[int, torch.cuda.CUDAGraph] = {}
         if decode_graphs:
             sizes = [size for size in sequence_sizes if size <= DECODE_SIZES[-1]]
-            self._decodes = {size: self._capture_whole(self._decode_of(size)) for size in reversed(sizes)}
+            self._decodes = {size: self._capture([self._decode_of(size)], size, size)[0] for size in reversed(sizes)}
         row_sizes = [size for size in _sizes_up_to(max_rows, ROW_SIZES) if size <= ROW_SIZES[-1]]
-        self._queries, self._attended, self._normed = self._buffers(max_rows)
-        self._parts = {size: self._capture_parts(size) for size in reversed(row_sizes)}
-        self._heads = {size: self._capture_whole(self._head_of(size)) for size in reversed(sequence_sizes)}
+        self._parts = {size: self._capture(self._parts_of(size), size, max_num_seqs) for size in reversed(row_sizes)}
+        self._heads = {
+            size: self._capture([self._head_of(size)], ROW_SIZES[0], max_num_seqs)[0]
+            for size in reversed(sequence_sizes)
+        }
         logger.info(
             "CUDA graphs: %d decode sizes, %d step sizes, captured in %.1f s",
             len(self._decodes), len(self._parts), time.perf_counter() - started_s,
@@ -101,9 +97,8 @@ class StepGraphs:
         if rows.num_decodes == num_sequences and num_sequences <= max(self._decodes, default=0):
             size = _padded(num_sequences, self._decodes)
             self._inputs.fill(rows, levels, size, size)
-            whole = self._decodes[size]
-            whole.graph.replay()
-            logits = whole.logits[:num_sequences]
+            self._decodes[size].replay()
+            logits = self._logits[:num_sequences]
         else:
             self._run_parts(rows, levels)
             logits = self._run_head(rows)
@@ -121,25 +116,23 @@ class StepGraphs:
 
     def replay_decode(self, num_sequences: int) -> None:
         """Run a decode graph again on the inputs of the last launch, without waiting: for measurements."""
-        self._decodes[_padded(num_sequences, self._decodes)].graph.replay()
+        self._decodes[_padded(num_sequences, self._decodes)].replay()
 
     # Decode steps
 
-    def _decode_of(self, size: int) -> Callable[[], Tensor]:
+    def _decode_of(self, size: int) -> Callable[[], None]:
         layout = self._inputs.device_layout(size, size)
-        self._inputs.blank(layout)
 
-        def compute() -> Tensor:
-            output = self._model.forward(self._inputs.batch(layout), self._kv)
-            self._results[1, :size] = output.dimmed_pairs
-            self._choose(output.logits, layout.sample_places)
-            return output.logits
+        def compute() -> None:
+            hidden = self._model.hidden(self._inputs.batch(layout), self._kv)
+            self._results[1, :size] = hidden.dimmed_pairs
+            self._choose(hidden.normed, layout.sample_places)
 
         return compute
 
-    def _choose(self, logits: Tensor, places: Tensor) -> None:
-        token_ids = argmax(logits)
-        self._results[0, : len(logits)] = token_ids
+    def _choose(self, normed: Tensor, places: Tensor) -> None:
+        token_ids = argmax(self._model.logits(normed, out=self._logits[: len(normed)]))
+        self._results[0, : len(normed)] = token_ids
         self._inputs.newest[places] = token_ids.int()
 
     # Steps in parts
@@ -159,11 +152,10 @@ class StepGraphs:
     def _run_head(self, rows: StepRows) -> Tensor:
         """Choose tokens after the parts; returns the wanted logits."""
         num_samples, num_logits = int(rows.samples.sum()), int(rows.num_logits.sum())
-        whole = self._heads[_padded(num_samples, self._heads)]
         if num_samples:
-            whole.graph.replay()
+            self._heads[_padded(num_samples, self._heads)].replay()
         if num_logits == num_samples:
-            return whole.logits[:num_samples]
+            return self._logits[:num_samples]
         return self._model.logits(self._normed[torch.from_numpy(rows.logit_rows).to(self._normed.device)])
 
     def _parts_of(self, size: int) -> list[Callable[[], None]]:
@@ -188,60 +180,46 @@ class StepGraphs:
 
         return [begin, *(lambda index=index: advance(index) for index in range(self._num_layers))]
 
-    def _head_of(self, size: int) -> Callable[[], Tensor]:
+    def _head_of(self, size: int) -> Callable[[], None]:
         """The choice of tokens after a step in parts. The arrays of sequences stand at the same address in each."""
         layout = self._inputs.device_layout(ROW_SIZES[0], self.max_num_seqs)
-        self._inputs.blank(layout)
 
-        def compute() -> Tensor:
-            logits = self._model.logits(self._normed[layout.sample_rows[:size]])
-            self._choose(logits, layout.sample_places[:size])
-            return logits
+        def compute() -> None:
+            self._choose(self._normed[layout.sample_rows[:size]], layout.sample_places[:size])
 
         return compute
 
-    def _buffers(self, max_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, attention's results and last hidden states of a step in parts, [max_rows, ...]."""
+    @torch.inference_mode()
+    def _buffers(self, max_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, attention's results and last hidden states of a step in parts, [max_rows, ...]; logits."""
         layout = self._inputs.device_layout(1, self.max_num_seqs)
         self._inputs.blank(layout)
-        with torch.inference_mode():
-            hidden, queries = self._model.begin(self._inputs.batch(layout), self._kv)
-        queries_of_rows = queries.new_zeros(max_rows, *queries.shape[1:])
-        return (
-            queries_of_rows,
-            torch.zeros_like(queries_of_rows),
-            hidden.normed.new_zeros(max_rows, hidden.normed.shape[1]),
-        )
+        hidden, queries = self._model.begin(self._inputs.batch(layout), self._kv)
+        logits = self._model.logits(hidden.normed)
+        queries, normed = (like.new_zeros(max_rows, *like.shape[1:]) for like in (queries, hidden.normed))
+        return queries, torch.zeros_like(queries), normed, logits.new_zeros(self.max_num_seqs, logits.shape[1])
 
     # Capture
 
-    def _capture_whole(self, compute: Callable[[], Tensor]) -> _Whole:
-        self._warm_up([compute])
-        graph, logits = self._capture(compute)
-        return _Whole(graph, logits)
-
-    def _capture_parts(self, size: int) -> list[torch.cuda.CUDAGraph]:
-        self._inputs.blank(self._inputs.device_layout(size, self.max_num_seqs))
-        self._warm_up(self._parts_of(size))
-        return [self._capture(part)[0] for part in self._parts_of(size)]
-
     @torch.inference_mode()
-    def _warm_up(self, parts: list[Callable[[], Any]]) -> None:
-        """Compiles the kernels."""
+    def _capture(
+        self, parts: list[Callable[[], None]], num_rows: int, num_sequences: int
+    ) -> list[torch.cuda.CUDAGraph]:
+        """One graph per part of a step of that size. The first run compiles the kernels."""
+        self._inputs.blank(self._inputs.device_layout(num_rows, num_sequences))
         self._stream.wait_stream(torch.cuda.current_stream())
+        graphs = []
         with torch.cuda.stream(self._stream):
             for part in parts:
                 part()
-        torch.cuda.synchronize()
-
-    @torch.inference_mode()
-    def _capture(self, compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):  # torch.cuda.graph would empty the caches for each of hundreds of graphs
-            graph.capture_begin(pool=self._pool)
-            result = compute()
-            graph.capture_end()
-        return graph, result
+            torch.cuda.synchronize()
+            for part in parts:  # not torch.cuda.graph, which would empty the caches for each of hundreds of graphs
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool)
+                part()
+                graph.capture_end()
+                graphs.append(graph)
+        return graphs
 
 
 def _sizes_up_to(largest: int, sizes: tuple[int, ...]) -> list[int]:

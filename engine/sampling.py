@@ -72,6 +72,8 @@ class SamplingState:
         self._seen: SeenTokens | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
             self._seen = SeenTokens(prompt_ids if params.repetition_penalty != 1 else ())
+        self._always_argmax = False
+        self._always_argmax = self.takes_argmax and self._stop_ids is None
 
     def append(self, token_id: int) -> None:
         """Count a chosen token. Costs the same however long the request is."""
@@ -94,7 +96,7 @@ class SamplingState:
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is the model's own likeliest and nothing else is asked for."""
-        return self.params.greedy and self.params.logprobs is None and not self.adjusts_logits
+        return self._always_argmax or (self.params.greedy and self.params.logprobs is None and not self.adjusts_logits)
 
     @property
     def _bans_stop_ids(self) -> bool:

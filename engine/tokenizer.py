@@ -39,6 +39,7 @@ class Tokenizer:
         self._piece_bytes = piece_bytes
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens)
+        self._bytes: dict[int, bytes] = {}  # of tokens seen so far
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.eos_token_ids = eos_token_ids
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -78,8 +79,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that ``token_id`` adds to the text; empty for an id without a token."""
-        piece = self._backend.id_to_token(token_id)
-        return b"" if piece is None else self._piece_bytes(piece)
+        known = self._bytes.get(token_id)
+        if known is None:
+            piece = self._backend.id_to_token(token_id)
+            known = self._bytes[token_id] = b"" if piece is None else self._piece_bytes(piece)
+        return known
 
     def token_text(self, token_id: int) -> str:
         """``token_bytes`` as text; U+FFFD where a token holds only a part of a character."""

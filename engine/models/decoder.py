@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.base import Attention
@@ -96,11 +95,16 @@ class Decoder:
         return {index: self.layers[index].moe.experts for index in self._spec.moe_layers}
 
     def forward(self, batch: ForwardBatch, kv: KvStorage) -> ForwardOutput:
+        hidden = self.hidden(batch, kv)
+        return ForwardOutput(self.logits(hidden.normed[batch.logit_rows]), hidden.dimmed_pairs)
+
+    def hidden(self, batch: ForwardBatch, kv: KvStorage) -> Hidden:
+        """After the last layer and its norm."""
         hidden, queries = self.begin(batch, kv)
         for index in range(len(self.layers)):
             attended = self.attend(index, queries, batch, kv)
             hidden, queries = self.advance(index, hidden, attended, batch, kv)
-        return ForwardOutput(self.logits(hidden.normed[batch.logit_rows]), hidden.dimmed_pairs)
+        return hidden
 
     # The parts of a forward pass. A step with prompts in it runs the ones between attentions as CUDA graphs.
 
@@ -127,9 +131,9 @@ class Decoder:
             return hidden, x[:0]
         return hidden, self._queries(index + 1, hidden, batch, kv)
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """[N', D] -> [N', V]"""
-        return F.linear(normed, self._lm_head)
+        return torch.mm(normed, self._lm_head.t(), out=out)
 
     def _queries(self, index: int, hidden: Hidden, batch: ForwardBatch, kv: KvStorage) -> Tensor:
         layer, slots = self.layers[index], batch.attention.slot_mapping

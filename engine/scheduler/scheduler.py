@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from engine.config import SchedulerConfig
 from engine.kv_cache.blocks import BlockManager
@@ -25,8 +27,7 @@ from engine.scheduler.sequence import Sequence
 from engine.types import Levels, Phase
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """What a step computes of one sequence. The sequence itself moves on while the step is under way."""
 
     sequence: Sequence
@@ -39,11 +40,6 @@ class ScheduledSequence:
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
-
-    @property
-    def holds_place(self) -> bool:
-        """False once the sequence has ended or was preempted after this step began."""
-        return self.sequence.admission == self.admission
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +113,20 @@ class Scheduler:
         budget = self._config.max_num_batched_tokens
         chosen: dict[str, ScheduledSequence] = {}
         num_preempted = 0
-        by_turn = sorted(self.running, key=lambda s: (not s.decoding, s.arrival_s))
-        for sequence in by_turn:
+        decoding = sorted((s for s in self.running if s.decoding), key=_arrival)
+        prefilling = sorted((s for s in self.running if s.num_uncomputed and not s.decoding), key=_arrival)
+        for sequence in (*decoding, *prefilling):
             num_tokens = min(sequence.num_uncomputed, budget)
             if num_tokens == 0 or sequence.place < 0:  # preempted below by an older one
                 continue
-            preempted = self._make_room(sequence, sequence.num_computed + num_tokens)
-            num_preempted += len(preempted)
-            for victim in preempted:
-                taken_back = chosen.pop(victim.request_id, None)
-                budget += taken_back.num_tokens if taken_back else 0
-            if sequence in preempted:
-                continue
+            if sequence.num_computed + num_tokens > sequence.num_reserved:
+                preempted = self._make_room(sequence, sequence.num_computed + num_tokens)
+                num_preempted += len(preempted)
+                for victim in preempted:
+                    taken_back = chosen.pop(victim.request_id, None)
+                    budget += taken_back.num_tokens if taken_back else 0
+                if sequence in preempted:
+                    continue
             budget -= num_tokens
             phase = Phase.DECODE if sequence.decoding else Phase.PREFILL
             chosen[sequence.request_id] = _scheduled(sequence, num_tokens, phase)
@@ -149,11 +147,12 @@ class Scheduler:
 
     def commit(self, batch: ScheduledBatch, levels: Levels) -> None:
         """The step has run: its tokens have KV now, computed at ``levels``."""
-        for item in batch:
-            if item.holds_place:
+        for items, level in ((batch.decodes, levels.decode), (batch.prefills, levels.prefill)):
+            for item in items:
                 sequence = item.sequence
-                dimmed = levels.of(item.phase) > 0 and not sequence.exact
-                self.blocks.commit(sequence.request_id, sequence.token_ids, item.end, dimmed)
+                if sequence.admission == item.admission:  # else it ended or was preempted meanwhile
+                    dimmed = level > 0 and not sequence.exact
+                    self.blocks.commit(sequence.request_id, sequence.token_ids, item.start + item.num_tokens, dimmed)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Reserve blocks for num_tokens tokens of a running sequence; returns whom that cost its place."""
@@ -165,8 +164,12 @@ class Scheduler:
             victim.num_computed = 0
             self.waiting.push_front(victim)
             if victim is sequence:
-                break
+                return preempted
+        self._note_reserved(sequence, num_tokens)
         return preempted
+
+    def _note_reserved(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.num_reserved = -(-num_tokens // self.blocks.block_size) * self.blocks.block_size
 
     def _leave(self, sequence: Sequence) -> None:
         """A running sequence gives up its place and its blocks, which steps under way may still write to: whoever
@@ -174,7 +177,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.free(sequence.request_id)
         self._free_places.append(sequence.place)
-        sequence.place, sequence.admission = -1, 0
+        sequence.place, sequence.admission, sequence.num_reserved = -1, 0, 0
 
     def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
@@ -190,11 +193,15 @@ class Scheduler:
                 sequence.num_cached = num_cached
             num_tokens = min(sequence.num_uncomputed, budget)
             self.blocks.reserve(sequence.request_id, num_cached + num_tokens)
+            self._note_reserved(sequence, num_cached + num_tokens)
             self.running.append(sequence)
             self._num_admissions += 1
             sequence.place, sequence.admission = self._free_places.pop(), self._num_admissions
             budget -= num_tokens
             chosen[sequence.request_id] = _scheduled(sequence, num_tokens, Phase.PREFILL)
+
+
+_arrival = attrgetter("arrival_s")
 
 
 def _scheduled(sequence: Sequence, num_tokens: int, phase: Phase) -> ScheduledSequence:

@@ -17,10 +17,14 @@ class Sequence:
 
     request: GenerationRequest
     arrival_s: float  # on the engine's clock, what the request waited before included
-    token_ids: list[int] = field(default_factory=list)
+    request_id: str = field(init=False)
+    num_prompt: int = field(init=False)
+    exact: bool = field(init=False)  # refuses to be dimmed
+    token_ids: list[int] = field(init=False)
     num_computed: int = 0
     num_pending: int = 0  # tokens that steps under way will choose
-    max_len: int = 0  # tokens that it may reach, prompt included; the last of them is never computed
+    max_len: int = field(init=False)  # tokens that it may reach, prompt included; the last one is never computed
+    num_reserved: int = 0  # tokens that its blocks hold
     place: int = -1  # in the batch, while running
     admission: int = 0  # number of its latest admission; 0 while it holds no place
     num_cached: int = 0  # prompt tokens served by the prefix cache at first admission
@@ -36,6 +40,9 @@ class Sequence:
     first_setting_version: int | None = None  # ... and at its first
 
     def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.num_prompt = len(self.request.prompt_ids)
+        self.exact = self.request.service_class is ServiceClass.FULL
         self.token_ids = list(self.request.prompt_ids)
         self.max_len = len(self.token_ids) + max(1, self.request.sampling.max_tokens)
 
@@ -45,30 +52,20 @@ class Sequence:
         self.num_pending -= 1
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
         """Tokens to compute before the next one can be chosen; 0 when the last one is being chosen."""
-        return min(len(self.token_ids) + self.num_pending, self.max_len - 1) - self.num_computed
+        num_known = len(self.token_ids) + self.num_pending
+        return (num_known if num_known < self.max_len else self.max_len - 1) - self.num_computed
 
     @property
     def decoding(self) -> bool:
         """Exactly the newest token is to be computed, and it is a generated one."""
-        return self.num_uncomputed == 1 and self.num_generated + self.num_pending > 0
-
-    @property
-    def exact(self) -> bool:
-        return self.request.service_class is ServiceClass.FULL
+        num_known = len(self.token_ids) + self.num_pending
+        return self.num_prompt < num_known < self.max_len and num_known - self.num_computed == 1
 
     @property
     def reusable_ids(self) -> list[int]:
