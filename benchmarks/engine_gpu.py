@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, update_result
 from engine.attention.base import DecodeBackend
 from engine.attention.select import create_attention
 from engine.batch import AttentionMetadata, StepRows
@@ -219,7 +219,7 @@ def main() -> int:
     figures["decode_step_ms"] = decode
     figures["attention_ms"] = {f"{n}x{c}": attention_ms(n, c) for n, c in ((64, CONTEXT_TOKENS), (64, 1056), (1, 1056))}
     print(figures["attention_ms"], flush=True)
-    write_result(arguments.out / "h100_engine.json", figures)
+    update_result(arguments.out / "h100_engine.json", figures)
     (arguments.out / "h100_step_profile.json").write_text(json.dumps({"card": card, **profiles}, indent=1) + "\n")
     print(
         markdown_table(("setting", *map(str, BATCH_SIZES)), [(n, *map(str, row.values())) for n, row in decode.items()])

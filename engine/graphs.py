@@ -3,6 +3,7 @@
 A step is padded to the next of a few sizes. Everything that changes between steps, the brownout levels included, is
 read from fixed addresses, so a graph is captured once. Attention over prompts depends on lengths that the host knows
 and runs between the parts; steps beyond the largest size run their parts without graphs, bound by the card anyway.
+Those are padded too, so that no new size meets a kernel that is not compiled yet.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ DECODE_SIZES = (
 ROW_SIZES = (
     *range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)
 )  # fmt: skip
+LARGE_SIZE_MULTIPLE = 256  # of steps beyond
 NUM_RESULT_BUFFERS = 2  # one is read by the host while the next step writes the other
 
 
@@ -64,6 +66,8 @@ class StepGraphs:
         self.max_num_seqs = max_num_seqs
         self._model, self._kv, self._num_layers = model, kv, len(model.layers)
         max_rows = max(max_rows, max_num_seqs, ROW_SIZES[0])
+        if max_rows > ROW_SIZES[-1]:
+            max_rows = _rounded(max_rows)
         max_blocks = -(-max_model_len // kv.block_size)
         self._inputs = StaticInputs(max_rows, max_num_seqs, max_blocks, kv.block_size, device)
         self._results = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
@@ -81,6 +85,8 @@ class StepGraphs:
             self._decodes = {size: self._capture([self._decode_of(size)], size, size)[0] for size in reversed(sizes)}
         row_sizes = [size for size in _sizes_up_to(max_rows, ROW_SIZES) if size <= ROW_SIZES[-1]]
         self._parts = {size: self._capture(self._parts_of(size), size, max_num_seqs) for size in reversed(row_sizes)}
+        for size in range(ROW_SIZES[-1] + LARGE_SIZE_MULTIPLE, max_rows + 1, ROW_SIZES[-1]):
+            self._run_once(self._parts_of(size), size)
         self._heads = {
             size: self._capture([self._head_of(size)], ROW_SIZES[0], max_num_seqs)[0]
             for size in reversed(sequence_sizes)
@@ -139,7 +145,7 @@ class StepGraphs:
 
     def _run_parts(self, rows: StepRows, levels: Levels) -> None:
         model, kv, num_rows = self._model, self._kv, rows.num_rows
-        size = _padded(num_rows, self._parts) if num_rows <= max(self._parts) else num_rows
+        size = _padded(num_rows, self._parts) if num_rows <= max(self._parts) else _rounded(num_rows)
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
         layout = self._inputs.device_layout(size, self.max_num_seqs)
         batch = self._inputs.batch(layout, rows)
@@ -202,6 +208,14 @@ class StepGraphs:
     # Capture
 
     @torch.inference_mode()
+    def _run_once(self, parts: list[Callable[[], None]], num_rows: int) -> None:
+        """Compiles the kernels."""
+        self._inputs.blank(self._inputs.device_layout(num_rows, self.max_num_seqs))
+        for part in parts:
+            part()
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
     def _capture(
         self, parts: list[Callable[[], None]], num_rows: int, num_sequences: int
     ) -> list[torch.cuda.CUDAGraph]:
@@ -230,6 +244,10 @@ def _sizes_up_to(largest: int, sizes: tuple[int, ...]) -> list[int]:
         chosen.append(beyond)
         beyond *= 2
     return [*chosen, largest]
+
+
+def _rounded(num_rows: int) -> int:
+    return -(-num_rows // LARGE_SIZE_MULTIPLE) * LARGE_SIZE_MULTIPLE
 
 
 def _padded(count: int, sizes: dict[int, Any]) -> int:
