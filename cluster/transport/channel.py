@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaLostError(Exception):
-    """The replica died, hung, or was cut off, while it served a request."""
+    """The replica died, hung, or was cut off, while it served a request; another one may be asked if ``may_retry``."""
+
+    def __init__(self, message: str, may_retry: bool = True) -> None:
+        super().__init__(message)
+        self.may_retry = may_retry
 
 
 class ReplicaChannel:
