@@ -10,7 +10,7 @@ As in Finagle: every request earns a part of a retry, a steady trickle keeps a q
 
 from __future__ import annotations
 
-EARNED_PER_REQUEST = 0.2
+EARNED_PER_REQUEST = 0.25
 EARNED_PER_S = 10.0
 CAPACITY = 200.0  # a replica that dies with a full batch and a queue is no overload
 
