@@ -65,6 +65,7 @@ class ReplicaChannel:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_time_ms", PING_PERIOD_MS),
                 ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+                ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),  # the one that counts, else a minute
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, never one that is backing off
             ),
