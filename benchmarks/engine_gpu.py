@@ -24,7 +24,7 @@ from engine.attention.select import create_attention
 from engine.batch import AttentionMetadata, StepRows
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.pool.slots import ModelSlot, load_slot
-from engine.types import Levels
+from engine.types import Levels, Phase
 
 MODEL = Path(__file__).resolve().parents[1] / "deploy/models/qwen1.5-moe-a2.7b"
 WAYS = (2, 4, 8)
@@ -56,7 +56,8 @@ def load(exempt: int, ways: tuple[int, ...]) -> ModelSlot:
 def deepest_levels(slot: ModelSlot) -> dict[str, int]:
     """Setting's name |-> level: the exact one, and of each way the one that dims all it may."""
     num_dimmed = sum(layer.moe.dimmer is not None for layer in slot.model.layers)
-    deepest = {f"way{level.way}_max{num_dimmed}": i for i, level in enumerate(slot.ladder.levels) if level.share == 1}
+    levels = slot.ladder.at(Phase.DECODE, 1).levels
+    deepest = {f"way{x.setting.way}_max{num_dimmed}": i for i, x in enumerate(levels) if x.setting.share == 1}
     return {"level0": 0} | deepest
 
 

@@ -22,8 +22,9 @@ from engine.layers.fused_linear import MAX_ROWS, NUM_SPLITS, launch_linear
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.linear import GatedMlp
 from engine.moe.align import Alignment, align
+from engine.moe.dimmer_kernels import rewrite
 from engine.moe.experts import PackedExperts
-from engine.moe.fused_routing import choose, rewrite
+from engine.moe.fused_routing import choose
 from engine.moe.gate import Routing
 from engine.moe.layer import MoeLayer
 from engine.moe.tiles import MoeTiles, Tile, TileTable
@@ -56,14 +57,17 @@ class FusedMoeLayer(MoeLayer):
         main = torch.cuda.current_stream()
         if shared is not None:
             self.side.wait_stream(main)
-        choice = choose(x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer)
+        dimmer = None if rows.host_levels == (0, 0) else dimmer
+        choice = choose(
+            x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer, self.index
+        )
         if shared is not None:
             chosen = main.record_event()
             with torch.cuda.stream(self.side):
                 self._run_shared_expert(shared, x, choice.shared_logits, chosen, addends[num_columns:])
         routing = choice.routing
-        if dimmer is not None:
-            routing = rewrite(dimmer, self.index, choice, rows, dimmed_pairs)
+        if dimmer is not None and choice.use is not None:
+            routing = rewrite(dimmer, self.index, routing, choice.use, rows, dimmed_pairs)
         run_experts(x, routing, self.experts, tiles, addends[:num_columns])
         if shared is not None:
             main.wait_stream(self.side)
