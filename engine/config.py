@@ -131,7 +131,7 @@ class BrownoutConfig:
     united_rows: int | None = None
     dimmer: str = "united"
     similarity: str = ""
-    ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
+    ladder: str = ""  # path of a ladder JSON; "": ladder.json beside the model; "default" or none: the dimmer's own
     allow_unmeasured: bool = False
     safe_policy: str = "governor"
     exempt_first: int = 2  # layers never dimmed
@@ -166,6 +166,7 @@ class BrownoutConfig:
 
 WAYS = (2, 4, 8)
 AVERAGE = "average"
+DEFAULT_LADDER = "default"
 DIMMERS = ("united", "paper", "piggyback", "topk", "similar", "exact")
 SAFE_POLICIES = ("governor", "exact")
 

@@ -59,7 +59,10 @@ class _Use:
 
 
 class Dimmer:
-    """One per model; stateless between steps. Its tables are only ever written in place: captured graphs read them."""
+    """One per model; stateless between steps. Its tables are only ever written in place: captured graphs read them.
+
+    ``rewrite`` changes none of its inputs and calls no operation that torch.vmap lacks: calibration maps it over steps.
+    """
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class Dimmer:
 
         def sum_by_expert(values: Tensor) -> Tensor:
             totals = torch.zeros(self.num_packed + 1, device=ids.device)
-            return totals.index_add_(0, flat_ids, values.flatten().float())[:num_experts]
+            return totals.scatter_add(0, flat_ids, values.flatten().float())[:num_experts]
 
         count = sum_by_expert(torch.ones_like(ids))
         staying = sum_by_expert((~may_dim)[:, None].expand_as(ids)) > 0
@@ -192,12 +195,12 @@ class Dimmer:
         """[2, E]"""
         rank = torch.where(by_count, use.count, use.mass)  # [2, E]
         ranked, order = rank.sort(dim=1, descending=True, stable=True)
-        above = torch.empty_like(rank).scatter_(1, order, ranked.cumsum(1) - ranked)  # of the experts ranked higher
+        above = torch.zeros_like(rank).scatter(1, order, ranked.cumsum(1) - ranked)  # of the experts ranked higher
         hot = above < (1 - self.share[levels])[:, None] * rank.sum(1, keepdim=True)
         cold = (use.count > 0) & ~hot & ~use.staying
         united = self.united_of[layer, self.way_row[levels]]  # [2, E]
         num_cold = torch.zeros(2, self.num_packed, dtype=torch.int64, device=rank.device)
-        num_cold.scatter_add_(1, united, cold.long())
+        num_cold = num_cold.scatter_add(1, united, cold.long())
         return torch.where(cold & (num_cold.gather(1, united) >= 2), united, self.identity)
 
     def _to_similar(self, layer: int, use: _Use, levels: Tensor) -> Tensor:
@@ -212,17 +215,16 @@ class Dimmer:
         """The experts that piggybacking rows of each phase may use: [2, E] bool."""
         needed = use.kept | use.staying
         order = torch.where(needed, float("inf"), use.mass).argsort(descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, self.identity)
+        rank = torch.zeros_like(order).scatter(0, order, self.identity)
         return (needed | (rank < self.budget[levels][:, None])) & (use.count > 0)
 
     def _repick(
         self, ids: Tensor, weights: Tensor, probs: Tensor, allowed: Tensor, repicks: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As many experts as the row had, its own first, then the likeliest allowed ones; weights by probability."""
-        is_own = torch.zeros(len(ids), self.num_packed + 1, device=ids.device).scatter_(1, ids, 1.0)[
-            :, : probs.shape[1]
-        ]
-        score = torch.where(allowed, probs + is_own, -1.0)  # a probability is at most 1
+        own = torch.zeros(len(ids), self.num_packed + 1, device=ids.device)
+        is_own = own.scatter_add(1, ids, torch.ones_like(weights, dtype=torch.float32))[:, : probs.shape[1]] > 0
+        score = torch.where(allowed, probs + is_own.float(), -1.0)  # a probability is at most 1
         best, picked = score.topk(ids.shape[1], dim=1)
         columns = torch.arange(ids.shape[1], device=ids.device)
         num_pairs = (ids < self.num_packed).sum(1, keepdim=True)
@@ -246,5 +248,5 @@ class Dimmer:
         """Pairs of a row with one id become its first pair with the summed weight; the others get no expert."""
         first = (ids[:, :, None] == ids[:, None, :]).to(torch.int8).argmax(dim=2)  # [T, A] column of the first equal id
         is_first = first == torch.arange(ids.shape[1], device=ids.device)
-        summed = torch.zeros_like(weights).scatter_add_(1, first, weights)
+        summed = torch.zeros_like(weights).scatter_add(1, first, weights)
         return Routing(torch.where(is_first, ids, self.num_packed), summed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import BrownoutConfig, ConfigError, EngineConfig
+from engine.config import DEFAULT_LADDER, BrownoutConfig, ConfigError, EngineConfig
 from engine.models.spec import ModelSpec
 from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
@@ -89,9 +89,9 @@ def _choose_ladder(
     if kind is DimmerKind.EXACT or (kind in USES_UNITED and not united and not brownout.ladder):
         return Ladder.exact()
     path = _beside(brownout.ladder or LADDER_FILE, directory)
-    if path.exists():
+    if brownout.ladder != DEFAULT_LADDER and path.exists():
         return check_ladder(read_ladder(path), path, united, digest, brownout.allow_unmeasured)
-    if brownout.ladder:
+    if brownout.ladder and brownout.ladder != DEFAULT_LADDER:
         raise ConfigError(f"brownout.ladder is {brownout.ladder!r}, which does not exist; allowed: a ladder JSON")
     return default_ladder(kind, tuple(united), spec.num_experts_per_token)
 
