@@ -10,8 +10,10 @@ from cluster.config import parse_config
 from cluster.ingress.deployment import Ingress
 from cluster.replica import EngineReplica
 
-HEALTH_CHECK_PERIOD_S = 2.0
-HEALTH_CHECK_TIMEOUT_S = 20.0  # a replica is busy, not dead, while a large model's step holds the interpreter
+# Serve replaces a replica after three failed checks. Its requests are ended before that, by the engine's own watch or
+# by their channel; so these need not be hasty: a replica is busy, not dead, while a large step holds the interpreter.
+HEALTH_CHECK_PERIOD_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 5.0
 NUM_START_ATTEMPTS = 3  # a model that cannot be loaded fails the deployment instead of being tried for ever
 SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 

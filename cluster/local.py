@@ -125,6 +125,11 @@ class LocalCluster:
         """What ``serve deploy`` does; see `wait_ready`."""
         ServeSubmissionClient(self._head.dashboard_url).deploy_applications(file.document)
 
+    def serve_details(self) -> dict[str, Any]:
+        """What ``serve status`` goes by."""
+        details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
+        return details
+
     def check(self) -> None:
         """Raises ClusterError when the cluster has ended by itself."""
         self._head.check()
@@ -156,8 +161,7 @@ class LocalCluster:
 
     def _is_deployed(self) -> bool:
         """Whether Serve says that the application runs. Raises ClusterError when it never will."""
-        details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
-        app = details["applications"].get(self._file.app_name)
+        app = self.serve_details()["applications"].get(self._file.app_name)
         if app is None:
             return False
         messages = [app["message"], *(deployment["message"] for deployment in app["deployments"].values())]

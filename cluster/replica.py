@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 
 from ray import serve
 from ray.util import get_node_ip_address
@@ -17,10 +18,11 @@ from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
 from cluster.reports import ReplicaReport
 from cluster.router.loads import LoadPublisher
+from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
 from engine.agent import TelemetryAgent
 from engine.async_engine import AsyncEngine
-from engine.types import EngineStats, ModelInfo
+from engine.types import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +50,9 @@ class EngineReplica:
             period_s=config.controller.tick_s,
         )
         self._publisher = LoadPublisher(
-            config.resolved_redis_url(),
-            context.app_name,
-            self._replica_id,
-            self._live_stats,
-            config.scheduler.max_num_batched_tokens,
+            config.resolved_redis_url(), context.app_name, self._replica_id, self._live_load
         )
+        self._max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self._drain_timeout_s = config.drain_timeout_s
         self._token = secrets.token_hex(16)
         self._server = ChannelServer(self._engine, self._token)
@@ -94,9 +93,24 @@ class EngineReplica:
         await self._agent.stop()
         await self._engine.stop()
 
-    def _live_stats(self) -> EngineStats:
+    def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
-        return self._engine.stats()
+        stats, brownout = self._engine.stats(), self._engine.brownout
+        setting = brownout.in_force(time.monotonic())
+        return ReplicaLoad(
+            sequence=sequence,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            max_num_seqs=stats.max_num_seqs,
+            queued_prefill_tokens=stats.queued_prefill_tokens,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            kv_used_frac=stats.kv_used_frac,
+            level=stats.levels.peak,
+            step_time=brownout.governor.model,
+            prefill=setting.prefill,
+            decode=setting.decode,
+            mean_output_tokens=brownout.governor.mean_output_tokens,
+        )
 
 
 async def _wait_for(controller: asyncio.Task[str]) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.grammar import GrammarState
@@ -33,7 +34,8 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
-STALLED_S = 20.0  # an engine that has work and made no step for so long counts as wedged
+STALLED_S = 4.0  # an engine that has work and made no step for so long counts as wedged ...
+STALLED_STEPS = 20  # ... unless its steps take long: then so many times the predicted step
 IDLE_POLL_S = 0.5  # how often an idle engine thread refreshes its stats
 
 Deliver = Callable[[RequestOutput | Exception], None]
@@ -123,6 +125,11 @@ class AsyncEngine:
         """The load after the newest step."""
         return self._stats
 
+    @property
+    def brownout(self) -> Brownout:
+        """The governor's model and limits, to be read only."""
+        return self._engine.brownout
+
     def take_window(self) -> StepWindow:
         """Telemetry since the last call."""
         brownout = self._engine.brownout
@@ -150,7 +157,7 @@ class AsyncEngine:
         if self._stopping:
             raise EngineDeadError("the engine is stopping")
         stalled_s = time.monotonic() - self._last_step_s
-        if self._streams and stalled_s > STALLED_S:
+        if self._streams and stalled_s > max(STALLED_S, STALLED_STEPS * self._stats.predicted_step_s):
             raise EngineDeadError(f"the engine has made no progress for {stalled_s:.0f} s")
 
     @property

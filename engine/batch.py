@@ -33,12 +33,16 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class RowInfo:
-    """What the dimmer knows of each row. ``levels`` is a tensor: a new level needs no new code path."""
+    """What the dimmer knows of each row. ``levels`` is a tensor: a new level needs no new code path.
+
+    Levels are resolved for the step's size by the ladder: they are indices into its settings, 0 is exact.
+    """
 
     phase: Tensor  # [T], engine.types.Phase
     exact: Tensor  # [T] bool: the request refuses to be dimmed
     valid: Tensor  # [T] bool: False for rows that only pad a graph's batch, which the plain torch path never meets
-    levels: Tensor  # [2], brownout level of each phase
+    levels: Tensor  # [2], setting of each phase
+    host_levels: tuple[int, int] | None = None  # the same; None while a graph is captured, which serves all settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,7 @@ def to_device(
             exact=put(rows.exact[sequences], torch.bool),
             valid=torch.ones(rows.num_rows, dtype=torch.bool, device=device),
             levels=torch.tensor([levels.prefill, levels.decode], device=device),
+            host_levels=(levels.prefill, levels.decode),
         ),
         sequence_of_row=put(sequences),
         logit_rows=put(rows.logit_rows),

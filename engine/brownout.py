@@ -74,9 +74,13 @@ class Brownout:
             return newest
         return safe_setting(newest, self._slo) if self._safe_policy == "governor" else EXACT
 
+    def in_force(self, now_s: float) -> BrownoutSetting:
+        """What the governor obeys."""
+        return self.setting(now_s) if self._may_dim else EXACT
+
     def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
         """The level of the scheduled step."""
-        setting = self.setting(now_s) if self._may_dim else EXACT
+        setting = self.in_force(now_s)
         observation = self._observe(scheduler, batch, now_s)
         self.governor, self.levels = choose_levels(self.governor, setting, observation, now_s)
         return self.levels

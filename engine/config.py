@@ -115,7 +115,10 @@ class BrownoutConfig:
     ``united``: where united experts come from: directories made by ``brownoutserve unite``, one for each way, absolute
     or relative to the model's; "average" builds plain averages of the members at start, a baseline no better than
     dropping the experts, for models whose output does not matter.
-    ``ways``: which united experts to load; default: those of ``united``. Neither: an engine that cannot dim at all.
+    ``ways``: which united experts to load; default: those of ``united``.
+    ``dimmer``: whose levels a model without a ladder gets. With "united" or "paper" and no united experts, or "exact",
+    an engine cannot dim at all.
+    ``similarity``: file of expert similarities, for the dimmer "similar" only; absolute or relative to the model's.
     ``united_rows``: room for united experts in each layer, in experts; default: what the loaded ways take. More lets
     another way be loaded beside them while serving.
     ``safe_policy``: when the setting's lease ends without a controller, "governor" goes on dimming for the SLO, never
@@ -127,7 +130,8 @@ class BrownoutConfig:
     united: str | tuple[str, ...] = "average"
     united_rows: int | None = None
     dimmer: str = "united"
-    ladder: str = ""  # path of a ladder JSON; default: ladder.json beside the model, else the unmeasured default
+    similarity: str = ""
+    ladder: str = ""  # path of a ladder JSON; "": ladder.json beside the model; "default" or none: the dimmer's own
     allow_unmeasured: bool = False
     safe_policy: str = "governor"
     exempt_first: int = 2  # layers never dimmed
@@ -162,7 +166,8 @@ class BrownoutConfig:
 
 WAYS = (2, 4, 8)
 AVERAGE = "average"
-DIMMERS = ("united", "paper")
+DEFAULT_LADDER = "default"
+DIMMERS = ("united", "paper", "piggyback", "topk", "similar", "exact")
 SAFE_POLICIES = ("governor", "exact")
 
 

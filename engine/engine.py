@@ -89,8 +89,8 @@ class Engine:
             block_size=slot.kv.block_size,
             num_levels=len(slot.ladder),
             ladder_measured=slot.ladder.measured,
-            level_names=tuple(level.name for level in slot.ladder.levels),
-            level_loss=tuple(level.loss or 0.0 for level in slot.ladder.levels) if slot.ladder.measured else (),
+            level_names=slot.ladder.names,
+            level_loss=slot.ladder.losses,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             step_time_s_by_level=tuple(

@@ -82,6 +82,7 @@ class Runner:
         if any(state.prompt_logprobs is not None for state in states):
             logits = [state.logit_rows(item) for state, item in zip(states, batch, strict=True)]
         rows = self._places.rows(batch, blocks, [rows.num_rows for rows in logits] if logits else None)
+        levels = self.slot.ladder.resolve(levels, rows.num_rows)
         run = self._run_on_graphs if self.slot.graphs else self._run_eagerly
         return LaunchedStep(self, rows.samples, launched_s, run(rows, levels, sampling, logits))
 
@@ -129,7 +130,7 @@ class Runner:
         token_ids = rng.integers(slot.spec.vocab_size, size=num_tokens)
         tables = np.arange(num_tokens, dtype=np.int32)[:, None] % slot.kv.num_blocks
         rows = StepRows.decodes(token_ids, np.zeros(num_tokens, dtype=np.int64), tables)
-        levels = Levels(level, level)
+        levels = slot.ladder.resolve(Levels(level, level), num_tokens)
         start_s = time.perf_counter()
         if slot.graphs is not None and num_tokens <= slot.graphs.max_num_seqs:
             slot.graphs.launch(rows, levels).token_ids()

@@ -149,7 +149,7 @@ class GenerationRequest:
     """One prompt to continue. ``waited_s`` is what the request already waited before the engine saw it.
 
     Of waiting requests the one with the least ``priority`` goes first. ``traceparent`` is the W3C trace context that
-    the request belongs to, for log lines; empty: none.
+    the request belongs to, for log lines; empty: none. Requests of one ``session_id`` go to one replica if they can.
     """
 
     request_id: str
@@ -159,6 +159,7 @@ class GenerationRequest:
     waited_s: float = 0.0
     priority: int = 0
     traceparent: str = ""
+    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

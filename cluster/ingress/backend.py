@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
@@ -14,13 +16,17 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.ingress.errors import DEFAULT_RETRY_AFTER_S, ApiError, Outcome
 from cluster.ingress.fleet import Fleet
+from cluster.ingress.retry_budget import RetryBudget
 from cluster.reports import ReplicaReport
 from cluster.router.router import Router
+from cluster.transport.channel import ReplicaLostError
 from cluster.transport.messages import DrainingError
 from engine.types import GenerationRequest, ModelInfo, RequestOutput
 
 ASK_TIMEOUT_S = 2.0  # for a question to a replica that takes it no time to answer
 NO_REPLICA_TIMEOUT_S = 10.0  # the only replica of a model may be restarting
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -48,9 +54,11 @@ class ServeBackend:
     def __init__(self, engines: DeploymentHandle, router: Router) -> None:
         self._engines = engines
         self._router = router
-        self._fleet = Fleet(self.reports)
+        self._fleet = Fleet(self.reports, router.forget)
+        self._retries = RetryBudget(time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
+        self._retries.earn(time.monotonic())
         while True:
             if not self._fleet.channels() and not await self._fleet.wait_for_replica(NO_REPLICA_TIMEOUT_S):
                 raise _unavailable()
@@ -63,6 +71,10 @@ class ServeBackend:
                 return
             except DrainingError:  # it has not begun there, so this is no retry
                 self._fleet.retire(channel)
+            except ReplicaLostError as error:
+                logger.warning("request %s lost its replica: %s", request.request_id, error)
+                self._fleet.retire(channel)
+                raise ReplicaLostError(str(error), may_retry=self._retries.spend(time.monotonic())) from error
 
     async def info(self) -> ModelInfo:
         if self._fleet.info is None:

@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 class Fleet:
     """Keeps a channel to each replica that ``ask`` reports. All methods belong to one event loop."""
 
-    def __init__(self, ask: Callable[[], Awaitable[list[ReplicaReport]]]) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[list[ReplicaReport]]], on_gone: Callable[[str], None]) -> None:
         self._ask = ask
+        self._on_gone = on_gone  # told the id of a replica that takes no requests any more
         self._channels: dict[str, ReplicaChannel] = {}
-        self._leaving: dict[str, ReplicaChannel] = {}  # take nothing new, but still serve what they have
+        self._leaving: dict[str, ReplicaChannel] = {}  # get nothing new, but still serve what they have
         self._seen_s: dict[str, float] = {}  # replica_id |-> when Serve last named it
         self._search_until_s = 0.0
         self._changed = asyncio.Event()
@@ -61,16 +62,18 @@ class Fleet:
         return bool(self._channels)
 
     def retire(self, channel: ReplicaChannel) -> None:
-        """Send nothing new to a replica that says it is being taken down."""
+        """Send nothing new to a replica that is being taken down or fails, until it reports again."""
         if self._channels.get(channel.replica_id) is channel:
             del self._channels[channel.replica_id]
             self._leaving[channel.replica_id] = channel
+            self._on_gone(channel.replica_id)
             self._search()
 
     def _lose(self, channel: ReplicaChannel) -> None:
         for channels in (self._channels, self._leaving):
             if channels.get(channel.replica_id) is channel:
                 del channels[channel.replica_id]
+                self._on_gone(channel.replica_id)
         self._search()
 
     def _search(self) -> None:
@@ -91,7 +94,9 @@ class Fleet:
         for report in reports:
             self.info = self.info or report.info
             self._seen_s[report.replica_id] = now_s
-        new = [r for r in reports if r.replica_id not in self._channels and r.replica_id not in self._leaving]
+            if returned := self._leaving.pop(report.replica_id, None):
+                self._add(returned)
+        new = [r for r in reports if r.replica_id not in self._channels]
         await asyncio.gather(*(self._open(report) for report in new))
         for replica_id, seen_s in list(self._seen_s.items()):
             if now_s - seen_s > FORGET_S:
@@ -109,5 +114,8 @@ class Fleet:
         except ReplicaLostError as error:
             logger.warning("%s", error)
             return
-        self._channels[report.replica_id] = channel
+        self._add(channel)
+
+    def _add(self, channel: ReplicaChannel) -> None:
+        self._channels[channel.replica_id] = channel
         self._changed.set()

@@ -47,7 +47,7 @@ async def generate(
                         return
             raise ReplicaLostError("the replica ended the request's stream too early")
         except ReplicaLostError as error:
-            if said_something or attempt == NUM_ATTEMPTS - 1:
+            if said_something or attempt == NUM_ATTEMPTS - 1 or not error.may_retry:
                 raise ApiError(Outcome.REPLICA_LOST, str(error)) from error
 
 

@@ -1,14 +1,16 @@
-"""Replica loads in Redis: one leased key per replica, and the publisher that each replica runs."""
+"""Replica loads in Redis: one leased key per replica, and the publisher that each replica runs.
+
+All keys of an application's router share a hash tag, so that a Redis Cluster keeps them together.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 
+import msgspec
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -16,7 +18,7 @@ from redis.exceptions import RedisError
 
 from cluster.config import key_prefix
 from cluster.router.policy import ReplicaLoad
-from engine.types import EngineDeadError, EngineStats
+from engine.types import EngineDeadError
 
 PUBLISH_PERIOD_S = 0.1
 LEASE_S = 1.0  # a replica that has not published for so long is unknown
@@ -24,18 +26,21 @@ TIMEOUT_S = 0.2  # of one Redis call; never on a request's path
 
 logger = logging.getLogger(__name__)
 
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(ReplicaLoad).decode  # raises ValueError when the bytes are no load
+
 
 def load_key(app_name: str, replica_id: str) -> str:
-    return f"{key_prefix(app_name)}:load:{replica_id}"
+    return f"{_tag(app_name)}:load:{replica_id}"
 
 
-def encode(load: ReplicaLoad) -> str:
-    return json.dumps(asdict(load), separators=(",", ":"))
+def picks_key(app_name: str) -> str:
+    """A hash: see registry.py."""
+    return f"{_tag(app_name)}:picks"
 
 
-def decode(text: str | bytes) -> ReplicaLoad:
-    """Raises ValueError or TypeError when the text is no load."""
-    return ReplicaLoad(**json.loads(text))
+def _tag(app_name: str) -> str:
+    return f"{{{key_prefix(app_name)}:router}}"
 
 
 def connect(redis_url: str) -> aioredis.Redis:
@@ -51,21 +56,14 @@ def connect(redis_url: str) -> aioredis.Redis:
 class LoadPublisher:
     """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
 
-    ``take_stats`` raises EngineDeadError when there is nothing left to route to; the load is then withdrawn for good.
+    ``take_load`` is given the publication's sequence number. It raises EngineDeadError when there is nothing left to
+    route to; the load is then withdrawn for good.
     """
 
-    def __init__(
-        self,
-        redis_url: str,
-        app_name: str,
-        replica_id: str,
-        take_stats: Callable[[], EngineStats],
-        max_num_batched_tokens: int,
-    ) -> None:
+    def __init__(self, redis_url: str, app_name: str, replica_id: str, take_load: Callable[[int], ReplicaLoad]) -> None:
         self._client = connect(redis_url)
         self._key = load_key(app_name, replica_id)
-        self._take_stats = take_stats
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._take_load = take_load
         self._sequence = 0
         self._reachable = True
         self._task: asyncio.Task[None] | None = None
@@ -87,8 +85,9 @@ class LoadPublisher:
 
     async def _run(self) -> None:
         while True:
+            self._sequence += 1
             try:
-                load = self._load()
+                load = self._take_load(self._sequence)
             except EngineDeadError:
                 await self._withdraw()
                 return
@@ -98,19 +97,6 @@ class LoadPublisher:
             except (RedisError, OSError) as error:
                 self._note(reachable=False, error=error)
             await asyncio.sleep(PUBLISH_PERIOD_S)
-
-    def _load(self) -> ReplicaLoad:
-        stats = self._take_stats()
-        self._sequence += 1
-        return ReplicaLoad(
-            sequence=self._sequence,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            max_num_seqs=stats.max_num_seqs,
-            queued_prefill_tokens=stats.queued_prefill_tokens,
-            max_num_batched_tokens=self._max_num_batched_tokens,
-            kv_used_frac=stats.kv_used_frac,
-        )
 
     def _note(self, *, reachable: bool, error: Exception | None = None) -> None:
         """Log changes only."""

@@ -1,28 +1,49 @@
 """Which replica a request goes to: filter, score in [0, 1], pick. Pure: no Redis, no Ray, no clock.
 
-| replicas                                             | answer                                        |
-|------------------------------------------------------|-----------------------------------------------|
-| none with a live load                                | None: no opinion, Serve chooses               |
-| some with a live load, some without                  | only those with one; the others go last       |
-| equal but for requests held (own picks included)     | fewest first                                  |
-| equal but for queued prefill tokens                  | fewest first                                  |
-| equal but for KV blocks in use                       | most room first                               |
-| all equal                                            | drawn at random                               |
+A replica publishes what its governor goes by: the step-time model, the setting in force, its queue. So the router
+predicts what the governor will do with one request more: the level it takes to keep TTFT and TPOT, and the TTFT then.
+
+| replicas                                              | answer                                             |
+|-------------------------------------------------------|----------------------------------------------------|
+| none with a live load                                 | None: no opinion                                   |
+| some with a live load, some without                   | only those with one; the others go last            |
+| some nearly out of KV blocks                          | they go after the others                           |
+| unlike in the level predicted with this request       | least level first, whatever the rest says          |
+| ... and the request refuses to be dimmed              | the level now counts too: undimmed replicas first  |
+| level equal, one has the prompt's beginning cached    | that one, unless it holds far more than the mean   |
+| level equal, one is the session's home                | that one, unless it holds far more than the mean   |
+| else                                                  | least predicted TTFT, then fewest requests held    |
+| all equal                                             | drawn at random                                    |
+
+Requests on their way to a replica (picks) count as held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-WEIGHT_SLOTS = 0.6  # requests held decide most: each costs a share of every later step
-WEIGHT_PREFILL = 0.2
-WEIGHT_KV = 0.2
+from engine.step_time import StepTimeModel
+from engine.types import PhaseSetting
+
+# The score within a level; they add up to 1.
+WEIGHT_TTFT = 0.5
+WEIGHT_AFFINITY = 0.3
+WEIGHT_HELD = 0.2
+AFFINITY_BOUND = 1.25  # times the mean number held: no affinity beyond it (bounded loads, arXiv 1608.01350)
+AFFINITY_SLACK = 2  # requests that a replica may hold over the bound anyway, or an idle cluster had no affinity
+FULL_KV_FRAC = 0.95
+UNLIMITED = PhaseSetting(0, 0, float("inf"))
+UNKNOWN_STEP_S = 0.05  # of a replica that has no profile; equal for all, so it decides nothing
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """A replica's last published load. ``sequence`` grows by one with each publication."""
+    """A replica's last published load. ``sequence`` grows by one with each publication.
+
+    ``step_time``, ``prefill`` and ``decode`` are the governor's model and limits; without them the level is unknown
+    and taken to be 0.
+    """
 
     sequence: int
     num_running: int
@@ -31,6 +52,37 @@ class ReplicaLoad:
     queued_prefill_tokens: int
     max_num_batched_tokens: int
     kv_used_frac: float
+    level: int = 0  # of the newest step
+    step_time: StepTimeModel | None = None
+    prefill: PhaseSetting = UNLIMITED
+    decode: PhaseSetting = UNLIMITED
+    mean_output_tokens: float = 64.0
+
+    @property
+    def num_levels(self) -> int:
+        return self.step_time.num_levels if self.step_time else 1
+
+    @property
+    def held(self) -> int:
+        return self.num_running + self.num_waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What of a request matters. ``cached_tokens``: replica_id |-> prompt tokens that it probably has cached."""
+
+    num_prompt_tokens: int = 0
+    exact: bool = False  # refuses to be dimmed
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    home: str | None = None  # the session's replica
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What accepting the request will mean."""
+
+    level: int
+    ttft_s: float
 
 
 def rank(
@@ -38,6 +90,7 @@ def rank(
     loads: Mapping[str, ReplicaLoad],
     num_picked: Mapping[str, int],
     draw: Callable[[], float],
+    demand: Demand = Demand(),
 ) -> list[str] | None:
     """Replicas in the order in which to try them, or None for "no opinion".
 
@@ -46,15 +99,61 @@ def rank(
     known = [replica_id for replica_id in replica_ids if replica_id in loads]
     if not known:
         return None
-    scored = [(score(loads[replica_id], num_picked.get(replica_id, 0)), draw(), replica_id) for replica_id in known]
+    held = {replica_id: loads[replica_id].held + num_picked.get(replica_id, 0) for replica_id in known}
+    bound = AFFINITY_BOUND * sum(held.values()) / len(held) + AFFINITY_SLACK
+    keyed = []
+    for replica_id in known:
+        load, picked = loads[replica_id], num_picked.get(replica_id, 0)
+        affinity = _affinity(replica_id, demand) if held[replica_id] <= bound else 0.0
+        has_room = load.kv_used_frac < FULL_KV_FRAC
+        keyed.append((has_room, score(load, picked, demand, affinity), draw(), replica_id))
     unknown = [replica_id for replica_id in replica_ids if replica_id not in loads]
-    return [replica_id for _, _, replica_id in sorted(scored, reverse=True)] + unknown
+    return [replica_id for *_, replica_id in sorted(keyed, reverse=True)] + unknown
 
 
-def score(load: ReplicaLoad, num_picked: int) -> float:
-    """1 for an idle replica, towards 0 with load; strictly falling in requests held, so equal replicas share evenly."""
-    held = load.num_running + load.num_waiting + num_picked
-    slots = 1 / (1 + held / load.max_num_seqs)
-    prefill = 1 / (1 + load.queued_prefill_tokens / load.max_num_batched_tokens)
-    room = 1 - min(max(load.kv_used_frac, 0.0), 1.0)
-    return WEIGHT_SLOTS * slots + WEIGHT_PREFILL * prefill + WEIGHT_KV * room
+def score(load: ReplicaLoad, num_picked: int, demand: Demand = Demand(), affinity: float = 0.0) -> float:
+    """1 for an idle replica, towards 0 with level, TTFT and load; strictly falling in requests held.
+
+    Levels are kept apart: a replica at a lower level always scores more. ``affinity`` is in [0, 1].
+    """
+    prediction = predict(load, num_picked, demand.num_prompt_tokens * (1 - affinity))
+    level = max(prediction.level, load.level) if demand.exact else prediction.level
+    held = load.held + num_picked
+    cost = (
+        WEIGHT_TTFT * prediction.ttft_s / (prediction.ttft_s + 1)
+        + WEIGHT_AFFINITY * (1 - affinity)
+        + WEIGHT_HELD * held / (held + load.max_num_seqs)
+    )
+    return 1 - (min(level, load.num_levels - 1) + cost) / load.num_levels
+
+
+def predict(load: ReplicaLoad, num_picked: int, num_prompt_tokens: float = 0) -> Prediction:
+    """What the replica's governor will do with one request more: the least level that keeps TPOT and TTFT."""
+    held = load.held + num_picked + 1
+    rows = min(held, load.max_num_seqs)
+    prefill_steps = (load.queued_prefill_tokens + num_prompt_tokens) / load.max_num_batched_tokens
+    # Places become free one by one: max_num_seqs / mean output length of them in each step (Little's law).
+    steps_to_place = (held - rows) * load.mean_output_tokens / load.max_num_seqs
+    steps = 1 + max(prefill_steps, steps_to_place)
+    model = load.step_time
+    if model is None:
+        return Prediction(0, steps * UNKNOWN_STEP_S)
+    floor = min(max(load.prefill.floor, load.decode.floor), model.num_levels - 1)
+    ceiling = min(max(load.prefill.ceiling, load.decode.ceiling), model.num_levels - 1)
+    for level in range(floor, ceiling + 1):
+        step_s = model.predict_s(level, rows)
+        if (
+            step_s <= load.decode.margin * load.decode.budget_s
+            and steps * step_s <= load.prefill.margin * load.prefill.budget_s
+        ):
+            return Prediction(level, steps * step_s)
+    return Prediction(ceiling, steps * model.predict_s(ceiling, rows))
+
+
+def _affinity(replica_id: str, demand: Demand) -> float:
+    """The share of the prompt that need not be computed again; 1 for the session's home."""
+    if replica_id == demand.home:
+        return 1.0
+    if not demand.num_prompt_tokens:
+        return 0.0
+    return min(1.0, demand.cached_tokens.get(replica_id, 0) / demand.num_prompt_tokens)

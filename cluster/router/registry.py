@@ -1,6 +1,9 @@
-"""What a router knows of the replicas' loads: a cache of Redis, refreshed in the background, plus its own picks.
+"""What a router knows of the replicas' loads: a cache of Redis, and the picks of all ingress processes since.
 
-Nothing here is awaited on a request's path. When Redis is away the cache goes stale within STALE_S and is then empty.
+A pick is counted in Redis until the replica's published load shows it. Counting and reading are one round trip, made in
+the background: at once when there are picks to tell, else every EXCHANGE_PERIOD_S. So a process that picks learns what
+the others picked about one round trip ago, and nothing is awaited on a request's path. When Redis is away the cache
+goes stale within STALE_S and is then empty.
 """
 
 from __future__ import annotations
@@ -8,18 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from redis.exceptions import RedisError
 
-from cluster.router.loads import connect, decode, load_key
+from cluster.router.loads import connect, decode, load_key, picks_key
 from cluster.router.policy import ReplicaLoad
 
-REFRESH_PERIOD_S = 0.05
+EXCHANGE_PERIOD_S = 0.05
+MIN_GAP_S = 0.002  # between two exchanges, however many picks there are
 STALE_S = 0.5
 OPEN_AFTER_FAILURES = 3  # then the breaker opens: fewer tries while Redis is away
 MAX_BACKOFF_S = 1.0
 PICK_VISIBLE_AFTER = 2  # publications: the first may have been taken before the request arrived
+PICKS_TTL_S = 2.0  # of all counts, renewed with each; a replica publishes twice in a tenth of that
 
 logger = logging.getLogger(__name__)
 
@@ -30,76 +36,98 @@ class LoadRegistry:
     def __init__(self, redis_url: str, app_name: str) -> None:
         self._client = connect(redis_url)
         self._app_name = app_name
+        self._picks_key = picks_key(app_name)
         self._replica_ids: tuple[str, ...] = ()
         self._loads: dict[str, ReplicaLoad] = {}
-        self._refreshed_s = float("-inf")
-        self._picks: dict[str, list[int]] = {}  # replica_id |-> sequence of its load when each pick was made
+        self._exchanged_s = float("-inf")
+        # (replica_id, sequence of its load when the pick was made) |-> number of picks
+        self._untold: Counter[tuple[str, int]] = Counter()
+        self._told: Counter[tuple[str, int]] = Counter()  # by every process, as of the last exchange
+        self._has_untold = asyncio.Event()
         self._num_failures = 0
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, replica_ids: Sequence[str]) -> None:
-        """Name the replicas to know of; starts the refresh on first use."""
+        """Name the replicas to know of; starts the exchange on first use."""
         self._replica_ids = tuple(replica_ids)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name="load-registry")
 
     def loads(self) -> Mapping[str, ReplicaLoad]:
-        """Loads within their lease, as of the last refresh; empty when that is too long ago."""
-        return self._loads if time.monotonic() - self._refreshed_s <= STALE_S else {}
+        """Loads within their lease, as of the last exchange; empty when that is too long ago."""
+        return self._loads if time.monotonic() - self._exchanged_s <= STALE_S else {}
 
     def num_picked(self) -> Mapping[str, int]:
-        """Own picks that the published loads cannot show yet."""
-        return {replica_id: len(picks) for replica_id, picks in self._picks.items()}
+        """Picks of all processes that the published loads cannot show yet."""
+        picked: Counter[str] = Counter()
+        for (replica_id, sequence), count in (*self._told.items(), *self._untold.items()):
+            if self._is_unseen(replica_id, sequence):
+                picked[replica_id] += count
+        return picked
 
     def count_pick(self, replica_id: str) -> None:
         """Count a request sent just now; without it, simultaneous requests would all go to one replica."""
         load = self._loads.get(replica_id)
         if load is not None:
-            self._picks.setdefault(replica_id, []).append(load.sequence)
+            self._untold[replica_id, load.sequence] += 1
+            self._has_untold.set()
 
     async def close(self) -> None:
-        """Stop refreshing."""
+        """Stop exchanging."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._client.aclose()
 
-    async def refresh(self) -> None:
-        """Read all watched loads in one round trip. Raises RedisError or OSError."""
+    async def exchange(self) -> None:
+        """Tell the own picks, read all picks and all watched loads. Raises RedisError, OSError or ValueError."""
         replica_ids = self._replica_ids
         if not replica_ids:
             return
-        values = await self._client.mget([load_key(self._app_name, replica_id) for replica_id in replica_ids])
+        telling = Counter(self._untold)
+        async with self._client.pipeline(transaction=True) as pipeline:
+            for (replica_id, sequence), count in telling.items():
+                pipeline.hincrby(self._picks_key, f"{replica_id}|{sequence}", count)
+            if seen := [f"{name}|{sequence}" for name, sequence in self._told if not self._is_unseen(name, sequence)]:
+                pipeline.hdel(self._picks_key, *seen)
+            pipeline.pexpire(self._picks_key, int(PICKS_TTL_S * 1000))
+            pipeline.hgetall(self._picks_key)
+            pipeline.mget([load_key(self._app_name, replica_id) for replica_id in replica_ids])
+            *_, picks, values = await pipeline.execute()
         self._loads = {
             replica_id: decode(value) for replica_id, value in zip(replica_ids, values, strict=True) if value
         }
-        self._refreshed_s = time.monotonic()
-        self._forget_visible_picks()
+        self._told = Counter({_parse_pick(field): int(count) for field, count in picks.items()})
+        self._untold -= telling
+        self._exchanged_s = time.monotonic()
 
-    def _forget_visible_picks(self) -> None:
-        remaining = {}
-        for replica_id, picks in self._picks.items():
-            load = self._loads.get(replica_id)
-            if load is None:
-                continue
-            # A sequence that fell belongs to a new life of the replica, which holds none of the old picks.
-            unseen = [made for made in picks if made <= load.sequence < made + PICK_VISIBLE_AFTER]
-            if unseen:
-                remaining[replica_id] = unseen
-        self._picks = remaining
+    def _is_unseen(self, replica_id: str, sequence: int) -> bool:
+        # A sequence that fell belongs to a new life of the replica, which holds none of the old picks.
+        load = self._loads.get(replica_id)
+        return load is not None and sequence <= load.sequence < sequence + PICK_VISIBLE_AFTER
 
     async def _run(self) -> None:
         while True:
+            self._has_untold.clear()
             try:
-                await self.refresh()
+                await self.exchange()
                 self._close_breaker()
             except (RedisError, OSError, ValueError, TypeError) as error:
+                self._untold.clear()  # old news by the time Redis is back
                 self._count_failure(error)
-            await asyncio.sleep(self._pause_s())
+            await self._pause()
 
-    def _pause_s(self) -> float:
-        num_doublings = max(0, self._num_failures - OPEN_AFTER_FAILURES + 1)
-        return min(REFRESH_PERIOD_S * 2.0**num_doublings, MAX_BACKOFF_S)
+    async def _pause(self) -> None:
+        if self._num_failures >= OPEN_AFTER_FAILURES:
+            num_doublings = self._num_failures - OPEN_AFTER_FAILURES + 1
+            await asyncio.sleep(min(EXCHANGE_PERIOD_S * 2.0**num_doublings, MAX_BACKOFF_S))
+            return
+        await asyncio.sleep(MIN_GAP_S)
+        try:
+            async with asyncio.timeout(EXCHANGE_PERIOD_S):
+                await self._has_untold.wait()
+        except TimeoutError:
+            pass
 
     def _close_breaker(self) -> None:
         if self._num_failures >= OPEN_AFTER_FAILURES:
@@ -109,4 +137,10 @@ class LoadRegistry:
     def _count_failure(self, error: Exception) -> None:
         self._num_failures = min(self._num_failures + 1, OPEN_AFTER_FAILURES + 10)
         if self._num_failures == OPEN_AFTER_FAILURES:
-            logger.warning("loads cannot be read from redis (%s); requests are routed by Serve's own choice", error)
+            logger.warning("loads cannot be read from redis (%s); requests are routed by the own count", error)
+
+
+def _parse_pick(field: bytes) -> tuple[str, int]:
+    """Raises ValueError when it is no field of ours."""
+    replica_id, _, sequence = field.decode().rpartition("|")
+    return replica_id, int(sequence)

@@ -1,4 +1,4 @@
-"""The router of one ingress process: least loaded by the replicas' own account, else by its own.
+"""The router of one ingress process: it puts what the policy needs together and asks it.
 
 Nothing here waits: the loads are a cache of Redis, and without Redis the requests that this process holds decide.
 """
@@ -6,11 +6,13 @@ Nothing here waits: the loads are a cache of Redis, and without Redis the reques
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 
-from cluster.router.policy import rank
+from cluster.router.policy import Demand, rank
+from cluster.router.prefix_index import PrefixIndex
 from cluster.router.registry import LoadRegistry
-from engine.types import GenerationRequest
+from engine.types import GenerationRequest, ServiceClass
 
 
 class Router:
@@ -18,12 +20,35 @@ class Router:
 
     def __init__(self, registry: LoadRegistry) -> None:
         self._registry = registry
+        self._prefixes = PrefixIndex()
 
     def pick(self, request: GenerationRequest, num_held: Mapping[str, int]) -> str:
         """One of the replicas in ``num_held``: those that take requests, each with the requests sent from here."""
         self._registry.watch(tuple(num_held))
-        order = rank(tuple(num_held), self._registry.loads(), self._registry.num_picked(), random.random)
+        demand = Demand(
+            num_prompt_tokens=len(request.prompt_ids),
+            exact=request.service_class is ServiceClass.FULL,
+            cached_tokens=self._prefixes.match(request.prompt_ids),
+            home=home_of(request.session_id, num_held) if request.session_id else None,
+        )
+        order = rank(tuple(num_held), self._registry.loads(), self._registry.num_picked(), random.random, demand)
         if order is None:
-            return min(num_held, key=lambda replica_id: (num_held[replica_id], random.random()))
-        self._registry.count_pick(order[0])
-        return order[0]
+            picked = min(num_held, key=lambda replica_id: (num_held[replica_id], random.random()))
+        else:
+            picked = order[0]
+            self._registry.count_pick(picked)
+        self._prefixes.insert(request.prompt_ids, picked)
+        return picked
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._prefixes.forget(replica_id)
+
+
+def home_of(session_id: str, replica_ids: Iterable[str]) -> str:
+    """The replica on which all ingress processes agree (rendezvous hashing): few sessions move when the set changes."""
+
+    def weight(replica_id: str) -> bytes:
+        return blake2b(f"{session_id}\n{replica_id}".encode(), digest_size=8).digest()
+
+    return max(replica_ids, key=weight)

@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaLostError(Exception):
-    """The replica died, hung, or was cut off, while it served a request."""
+    """The replica died, hung, or was cut off, while it served a request; another one may be asked if ``may_retry``."""
+
+    def __init__(self, message: str, may_retry: bool = True) -> None:
+        super().__init__(message)
+        self.may_retry = may_retry
 
 
 class ReplicaChannel:
@@ -61,6 +65,7 @@ class ReplicaChannel:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_time_ms", PING_PERIOD_MS),
                 ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+                ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),  # the one that counts, else a minute
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, never one that is backing off
             ),

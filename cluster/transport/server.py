@@ -69,6 +69,7 @@ class ChannelServer:
                 # A silent ingress, its machine gone without a word, is dropped with all its requests.
                 ("grpc.keepalive_time_ms", 5_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),
             )
         )
         handler = grpc.stream_stream_rpc_method_handler(self._serve)

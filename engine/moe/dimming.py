@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from engine.config import BrownoutConfig, ConfigError, EngineConfig
+from engine.config import DEFAULT_LADDER, BrownoutConfig, ConfigError, EngineConfig
 from engine.models.spec import ModelSpec
 from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
-from engine.moe.ladder import Ladder, load_ladder
+from engine.moe.ladder import LADDER_FILE, Ladder, default_ladder, read_ladder
+from engine.moe.settings import USES_UNITED, DimmerKind
+from engine.moe.similarity import read_similarity
 from engine.moe.table import UnitedTable, rows_for
 from engine.moe.united import AverageUnited, UnitedArtefact, UnitedLayers
 from engine.weights.digest import model_digest
@@ -49,39 +51,86 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     """Raises ConfigError or ArtefactError, before any weight is read."""
     brownout = config.brownout
     directory = Path(config.model.path)
-    if not spec.moe_layers and (brownout.ways or brownout.united_paths):
-        named = f"ways is {list(brownout.ways)}" if brownout.ways else f"united is {brownout.united!r}"
-        raise ConfigError(
-            f"brownout.{named}, but {directory} is a dense model ({spec.architecture}), which has no experts to dim; "
-            "allowed: none"
-        )
-    united = _united_sources(config, spec, directory)
-    ways = tuple(united)
-    if not ways:
+    if not spec.moe_layers:
+        if brownout.ways or brownout.united_paths:
+            named = f"ways is {list(brownout.ways)}" if brownout.ways else f"united is {brownout.united!r}"
+            raise ConfigError(
+                f"brownout.{named}, but {directory} is a dense model ({spec.architecture}), which has no experts to "
+                "dim; allowed: none"
+            )
         return Dimming(Ladder.exact(), [None] * spec.num_layers, 0, {})
-    ladder = load_ladder(brownout, ways, directory)
-    num_united = max(brownout.united_rows or 0, rows_for(ways, spec.num_experts))
-    dimmer = Dimmer(ladder, num_united, _protected(brownout, spec, united), brownout.dimmer == "paper", device)
+    digest = model_digest(directory, config.model.seed if config.model.load_format == "random" else None)
+    united = _united_sources(brownout, spec, directory, digest)
+    ladder = _choose_ladder(brownout, spec, directory, united, digest)
+    if len(ladder) == 1:
+        return Dimming(ladder, [None] * spec.num_layers, 0, {})
+    protected = _protected(brownout, spec, united)
     dimmed = set(spec.moe_layers) & set(range(brownout.exempt_first, spec.num_layers - brownout.exempt_last))
     if not dimmed:
         raise ConfigError(
             f"brownout.exempt_first is {brownout.exempt_first} and exempt_last {brownout.exempt_last}; allowed: fewer "
             f"than the model's {spec.num_layers} together, so that a layer with experts remains, or no ways at all"
         )
+    num_united = max(brownout.united_rows or 0, rows_for(tuple(united), spec.num_experts))
+    similarity = None
+    if brownout.similarity:
+        similarity = read_similarity(_beside(brownout.similarity, directory), spec, digest)
+    dimmer = Dimmer(ladder.settings, num_united, protected, spec.num_experts_per_token, device, similarity)
     return Dimming(
         ladder, [dimmer if layer in dimmed else None for layer in range(spec.num_layers)], num_united, united
     )
 
 
-def _united_sources(config: EngineConfig, spec: ModelSpec, directory: Path) -> dict[int, UnitedLayers]:
+def _choose_ladder(
+    brownout: BrownoutConfig, spec: ModelSpec, directory: Path, united: Mapping[int, UnitedLayers], digest: str
+) -> Ladder:
+    """The configured ladder, else ladder.json beside the model, else the unmeasured default of the dimmer."""
+    kind = DimmerKind[brownout.dimmer.upper()]
+    if kind is DimmerKind.EXACT or (kind in USES_UNITED and not united and not brownout.ladder):
+        return Ladder.exact()
+    path = _beside(brownout.ladder or LADDER_FILE, directory)
+    if brownout.ladder != DEFAULT_LADDER and path.exists():
+        return check_ladder(read_ladder(path), path, united, digest, brownout.allow_unmeasured)
+    if brownout.ladder and brownout.ladder != DEFAULT_LADDER:
+        raise ConfigError(f"brownout.ladder is {brownout.ladder!r}, which does not exist; allowed: a ladder JSON")
+    return default_ladder(kind, tuple(united), spec.num_experts_per_token)
+
+
+def check_ladder(
+    ladder: Ladder, path: Path, united: Mapping[int, UnitedLayers], digest: str, allow_unmeasured: bool
+) -> Ladder:
+    """The ladder if it is for this model and the loaded united experts. Raises ConfigError.
+
+    One that was measured with other builds of united experts says nothing of these: it counts as unmeasured.
+    """
+    missing = ladder.ways - set(united)
+    if missing:
+        raise ConfigError(f"brownout.ways is {sorted(united)}; the ladder {path} also needs {sorted(missing)}")
+    origin = ladder.provenance
+    if origin is None:
+        return ladder
+    if origin.model_digest != digest:
+        raise ConfigError(
+            f"brownout.ladder {path} was measured on the model {origin.model_digest[:12]}; this one is {digest[:12]}"
+        )
+    loaded = {way: source.digest for way, source in united.items() if way in ladder.ways}
+    if all(origin.united.get(way) == of_build for way, of_build in loaded.items()):
+        return ladder
+    if not allow_unmeasured:
+        raise ConfigError(
+            f"brownout.ladder {path} was measured with other united experts; allowed: the ones it names, a new "
+            "brownoutserve calibrate, or brownout.allow_unmeasured"
+        )
+    return ladder.without_losses()
+
+
+def _united_sources(brownout: BrownoutConfig, spec: ModelSpec, directory: Path, digest: str) -> dict[int, UnitedLayers]:
     """By way: what the configuration names, else averages for its ways."""
-    brownout = config.brownout
     if not brownout.united_paths:
         return {way: AverageUnited(way, spec.num_experts) for way in brownout.ways}
-    digest = model_digest(directory, config.model.seed if config.model.load_format == "random" else None)
     sources: dict[int, UnitedLayers] = {}
     for path in brownout.united_paths:
-        artefact = UnitedArtefact(resolve_united(path, directory))
+        artefact = UnitedArtefact(_beside(path, directory))
         artefact.check_fits(spec, digest, brownout.allowed_ways)
         if artefact.way in sources:
             raise ConfigError(f"brownout.united names two {artefact.way}-way builds; allowed: one for each way")
@@ -92,7 +141,7 @@ def _united_sources(config: EngineConfig, spec: ModelSpec, directory: Path) -> d
     return sources
 
 
-def resolve_united(path: str, model_directory: Path) -> Path:
+def _beside(path: str, model_directory: Path) -> Path:
     """A relative path is looked up beside the model first."""
     given = Path(path).expanduser()
     candidates = (model_directory / given, given)

@@ -22,13 +22,14 @@ from engine.layers.fused_linear import MAX_ROWS, NUM_SPLITS, launch_linear
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.linear import GatedMlp
 from engine.moe.align import Alignment, align
+from engine.moe.dimmer_kernels import rewrite
 from engine.moe.experts import PackedExperts
-from engine.moe.fused_routing import choose, rewrite
+from engine.moe.fused_routing import choose
 from engine.moe.gate import Routing
 from engine.moe.layer import MoeLayer
 from engine.moe.tiles import MoeTiles, Tile, TileTable
 
-HALVED_ROWS = (32, 128)  # a tile at most half full runs as one of half the rows, by the same matrix instruction
+HALVED_ROWS = 32  # tiles of so many rows run as half of it when at most half full, by the same matrix instruction
 
 
 @dataclass(slots=True)
@@ -56,14 +57,17 @@ class FusedMoeLayer(MoeLayer):
         main = torch.cuda.current_stream()
         if shared is not None:
             self.side.wait_stream(main)
-        choice = choose(x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer)
+        dimmer = None if rows.host_levels == (0, 0) else dimmer
+        choice = choose(
+            x, self.router, num_experts, num_columns, self.gate.norm_topk_prob, num_packed, rows, dimmer, self.index
+        )
         if shared is not None:
             chosen = main.record_event()
             with torch.cuda.stream(self.side):
                 self._run_shared_expert(shared, x, choice.shared_logits, chosen, addends[num_columns:])
         routing = choice.routing
-        if dimmer is not None:
-            routing = rewrite(dimmer, self.index, choice, rows, dimmed_pairs)
+        if dimmer is not None and choice.use is not None:
+            routing = rewrite(dimmer, self.index, routing, choice.use, rows, dimmed_pairs)
         run_experts(x, routing, self.experts, tiles, addends[:num_columns])
         if shared is not None:
             main.wait_stream(self.side)
@@ -119,7 +123,7 @@ def launch_gate_up(
         x, _weights(gate_up, tile), alignment.order, alignment.tiles, alignment.num_tiles, hidden,
         sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.hidden_size, SIZE=sizes.expert_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        ROWS=tile_rows, HALVES=tile_rows == HALVED_ROWS,
         COLUMNS=tile.columns, DEPTH=tile.depth * 2 // x.element_size(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(x.device),
     )  # fmt: skip
@@ -135,7 +139,7 @@ def launch_down(
         hidden, _weights(down, tile), weights, alignment.order, alignment.tiles, alignment.num_tiles, out,
         sizes.num_tokens, sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.expert_size, SIZE=sizes.hidden_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        ROWS=tile_rows, HALVES=tile_rows == HALVED_ROWS,
         COLUMNS=tile.columns, DEPTH=tile.depth * 2 // hidden.element_size(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(out.device),
     )  # fmt: skip

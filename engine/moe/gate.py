@@ -15,6 +15,7 @@ class Routing:
 
     ids: Tensor  # [T, A] int64
     weights: Tensor  # [T, A]
+    probs: Tensor | None = None  # [T, E] float32: what the gate thinks of every expert
 
 
 @dataclass(slots=True)
@@ -28,4 +29,4 @@ class Gate:
         weights, ids = probs.topk(self.num_experts_per_token, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return Routing(ids, weights.to(x.dtype))
+        return Routing(ids, weights.to(x.dtype), probs)

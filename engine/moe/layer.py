@@ -29,7 +29,7 @@ class MoeLayer:
     def __call__(self, x: Tensor, rows: RowInfo, dimmed_pairs: Tensor) -> Tensor:
         """[T, D] -> [T, D]; adds the layer's dimmed pairs to ``dimmed_pairs`` [T]."""
         routing = self.gate(x)
-        if self.dimmer is not None:
+        if self.dimmer is not None and rows.host_levels != (0, 0):
             dimmed = self.dimmer.rewrite(self.index, routing, rows)
             routing = dimmed.routing
             dimmed_pairs += dimmed.dimmed_pairs

@@ -97,6 +97,7 @@ class UnitedLayers(Protocol):
     """United experts of one way, layer by layer: stored ones, or such as are made from the originals at start."""
 
     way: int
+    digest: str  # names the build
     protect: tuple[tuple[int, int], ...]  # (layer, expert) pairs that no dimmer may touch
 
     def groups(self, layer: int) -> tuple[tuple[int, ...], ...]:
@@ -111,6 +112,7 @@ class AverageUnited:
 
     def __init__(self, way: int, num_experts: int) -> None:
         self.way = way
+        self.digest = f"average-{way}"
         self.protect: tuple[tuple[int, int], ...] = ()
         self._groups = consecutive_groups(num_experts, way).groups
 
@@ -133,6 +135,7 @@ class UnitedArtefact:
         self.directory = directory
         self.manifest = read_manifest(directory)
         self.way = self.manifest.way
+        self.digest = self.manifest.digest
         self.protect = self.manifest.protect
 
     def check_fits(self, spec: ModelSpec, digest: str, ways: tuple[int, ...]) -> None:

@@ -6,17 +6,20 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest_asyncio
 
 from cluster.redis_server import RedisServer
-from cluster.router.loads import LEASE_S, LoadPublisher
-from cluster.router.policy import rank
+from cluster.router.loads import LEASE_S, LoadPublisher, connect
+from cluster.router.policy import ReplicaLoad, rank
 from cluster.router.registry import STALE_S, LoadRegistry
-from engine.types import EngineDeadError, EngineStats
+from engine.step_time import StepTimeModel
+from engine.types import EngineDeadError, PhaseSetting
 
 APP = "app"
+LOAD = ReplicaLoad(0, 0, 0, max_num_seqs=8, queued_prefill_tokens=0, max_num_batched_tokens=256, kv_used_frac=0.0)
 
 
 async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
@@ -30,14 +33,14 @@ class Replica:
     """What a publisher publishes for; its load can be set, its engine can die."""
 
     def __init__(self, redis_url: str, replica_id: str) -> None:
-        self.stats = EngineStats(max_num_seqs=8)
+        self.load = LOAD
         self.dead = False
-        self.publisher = LoadPublisher(redis_url, APP, replica_id, self._take_stats, max_num_batched_tokens=256)
+        self.publisher = LoadPublisher(redis_url, APP, replica_id, self._take_load)
 
-    def _take_stats(self) -> EngineStats:
+    def _take_load(self, sequence: int) -> ReplicaLoad:
         if self.dead:
             raise EngineDeadError("dead")
-        return self.stats
+        return replace(self.load, sequence=sequence)
 
 
 @pytest_asyncio.fixture
@@ -72,9 +75,11 @@ def best(registry: LoadRegistry) -> str | None:
 
 async def test_loads_arrive_and_change(replicas: dict[str, Replica], registry: LoadRegistry) -> None:
     assert set(registry.loads()) == {"a", "b"}
-    replicas["a"].stats = EngineStats(num_running=5, num_waiting=2, max_num_seqs=8, kv_used_frac=0.5)
+    model, unlimited = StepTimeModel((1, 8), ((0.1, 0.2),), trim=1.5), PhaseSetting(0, 2, float("inf"))
+    changed = replace(LOAD, num_running=5, num_waiting=2, kv_used_frac=0.5, step_time=model, decode=unlimited)
+    replicas["a"].load = changed
     await until(lambda: registry.loads()["a"].num_waiting == 2)
-    assert registry.loads()["a"].kv_used_frac == 0.5
+    assert replace(registry.loads()["a"], sequence=0) == changed
     assert best(registry) == "b"
 
 
@@ -83,6 +88,31 @@ async def test_own_picks_count_until_the_published_load_shows_them(registry: Loa
         registry.count_pick(best(registry))
     assert registry.num_picked() == {"a": 5, "b": 5}
     await until(lambda: not registry.num_picked())
+
+
+async def test_picks_of_other_processes_count_too(redis: RedisServer, registry: LoadRegistry) -> None:
+    other = LoadRegistry(redis.url, APP)
+    other.watch(["a", "b"])
+    await until(lambda: len(other.loads()) == 2)
+    for _ in range(3):
+        registry.count_pick("a")
+    await until(lambda: other.num_picked() == {"a": 3})
+    assert best(other) == "b"
+    await until(lambda: not other.num_picked())
+    await other.close()
+
+
+async def test_nothing_stays_in_redis(redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry) -> None:
+    registry.count_pick("a")
+    await until(lambda: not registry.num_picked())
+    await registry.close()
+    for replica in replicas.values():
+        await replica.publisher.stop()
+    client = connect(redis.url)
+    async with asyncio.timeout(10):
+        while await client.keys():
+            await asyncio.sleep(0.05)
+    await client.aclose()
 
 
 async def test_another_application_is_not_seen(redis: RedisServer, registry: LoadRegistry) -> None:
@@ -108,6 +138,6 @@ async def test_redis_dies_and_comes_back(
     redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry
 ) -> None:
     redis.stop()
-    await until(lambda: best(registry) is None)  # no opinion: Serve's own choice is used
+    await until(lambda: best(registry) is None)  # no opinion: the router goes by its own count
     redis.start()
     await until(lambda: best(registry) is not None)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest_asyncio
 
 from cluster.redis_server import RedisServer
 from cluster.router.loads import LoadPublisher, connect, load_key
+from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry
-from cluster.router.router import Router
-from engine.types import EngineStats, GenerationRequest
+from cluster.router.router import Router, home_of
+from engine.types import GenerationRequest
 
 APP = "app"
 REPLICAS = ("a", "b", "c")
 REQUEST = GenerationRequest("r", (1, 2, 3))
+LOAD = ReplicaLoad(0, 0, 0, max_num_seqs=8, queued_prefill_tokens=0, max_num_batched_tokens=256, kv_used_frac=0.0)
 
 
 async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
@@ -33,12 +36,12 @@ async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 
 @pytest_asyncio.fixture
-async def loads(redis: RedisServer) -> AsyncIterator[dict[str, EngineStats]]:
+async def loads(redis: RedisServer) -> AsyncIterator[dict[str, ReplicaLoad]]:
     """What each replica publishes; change it as you like."""
-    loads = {name: EngineStats(max_num_seqs=8) for name in REPLICAS}
+    loads = dict.fromkeys(REPLICAS, LOAD)
 
     def publisher(name: str) -> LoadPublisher:
-        return LoadPublisher(redis.url, APP, name, lambda: loads[name], max_num_batched_tokens=256)
+        return LoadPublisher(redis.url, APP, name, lambda sequence: replace(loads[name], sequence=sequence))
 
     publishers = [publisher(name) for name in loads]
     for each in publishers:
@@ -56,8 +59,8 @@ class Ingress:
         self.router = Router(self.registry)
         self.held = dict.fromkeys(REPLICAS, 0)
 
-    def send(self) -> str:
-        replica_id = self.router.pick(REQUEST, self.held)
+    def send(self, request: GenerationRequest = REQUEST) -> str:
+        replica_id = self.router.pick(request, self.held)
         self.held[replica_id] += 1
         return replica_id
 
@@ -69,21 +72,32 @@ async def ingress(redis: RedisServer) -> AsyncIterator[Ingress]:
     await ingress.registry.close()
 
 
-async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[str, EngineStats]) -> None:
-    loads["a"] = EngineStats(num_running=6, max_num_seqs=8)
-    loads["b"] = EngineStats(num_running=8, num_waiting=9, max_num_seqs=8)
+async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
+    loads["a"] = replace(LOAD, num_running=6)
+    loads["b"] = replace(LOAD, num_running=8, num_waiting=9)
     ingress.registry.watch(REPLICAS)
     await until(lambda: any(load.num_waiting for load in ingress.registry.loads().values()))
     assert ingress.send() == "c"
 
 
-async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, EngineStats]) -> None:
+async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     ingress.registry.watch(REPLICAS)
     await until(lambda: len(ingress.registry.loads()) == 3)
     assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
 
 
-async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, loads: dict[str, EngineStats]) -> None:
+async def test_a_session_and_a_prompt_stay_where_they_were(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
+    ingress.registry.watch(REPLICAS)
+    await until(lambda: len(ingress.registry.loads()) == 3)
+    first = ingress.send(replace(REQUEST, prompt_ids=tuple(range(200))))
+    assert ingress.send(replace(REQUEST, prompt_ids=(*range(200), 5))) == first
+    homes = Counter(home_of(f"session {number}", REPLICAS) for number in range(300))
+    assert min(homes.values()) > 60
+    home = home_of("session 1", REPLICAS)
+    assert ingress.send(replace(REQUEST, session_id="session 1")) == home
+
+
+async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     """Without loads, the requests that this process holds decide; no pick ever waits."""
     ingress.registry.watch(REPLICAS)
     await until(lambda: len(ingress.registry.loads()) == 3)

@@ -84,8 +84,8 @@ async def test_a_replica_lost_before_its_first_output_is_replaced_once() -> None
 
 @pytest.mark.parametrize(
     "scripts",
-    [[[LOST], [LOST]], [[said("a"), LOST]], [[said("a")]], [[], []]],
-    ids=["twice", "after the first output", "stream ends early", "no output at all, twice"],
+    [[[LOST], [LOST]], [[said("a"), LOST]], [[said("a")]], [[], []], [[ReplicaLostError("lost", may_retry=False)]]],
+    ids=["twice", "after the first output", "stream ends early", "no output at all, twice", "no retry left"],
 )
 async def test_a_replica_lost_otherwise_is_an_error(scripts: list[list[Any]]) -> None:
     backend = ScriptedBackend(*scripts)
