@@ -128,6 +128,14 @@ class ControllerService:
         """The newest decisions first, those of earlier lives included."""
         return self._state.ledger.recent(limit, model_id)
 
+    def decisions_between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Those of [since_s, until_s), Unix time by the controller's clock, newest first."""
+        return self._state.ledger.between(since_s, until_s)
+
+    def decisions_of(self, model_id: str, first: int, last: int) -> list[dict[str, Any]]:
+        """The settings of a model with versions ``first`` to ``last``, newest first."""
+        return self._state.ledger.of_versions(model_id, first, last)
+
     # --- called by the streams -----------------------------------------------------------------------------------
 
     async def join(self, stream: ReplicaStream, hello: Hello) -> None:
@@ -201,8 +209,11 @@ class ControllerService:
         self._changed.set()
 
     def _plan(self, control: ModelControl, now_s: float) -> None:
-        if control.tick_plan(now_s):
-            assert control.plan is not None and control.fleet is not None
+        plan_changed, measures_changed = control.tick_fleet(now_s)
+        if measures_changed and control.measures is not None and control.threat is not None:
+            self._state.ledger.append_measures(control.model_id, control.measures, control.threat, time.time())
+            self._changed.set()
+        if plan_changed and control.plan is not None and control.fleet is not None:
             self._state.ledger.append_plan(control.model_id, control.plan, control.fleet, time.time())
             log.info("%s should have %d replicas: %s", control.model_id, control.plan.desired, control.plan.reason)
             self._changed.set()
