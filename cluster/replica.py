@@ -9,6 +9,10 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.util import get_node_ip_address
@@ -16,12 +20,16 @@ from ray.util import get_node_ip_address
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
+from cluster.processes import process_age_s
 from cluster.reports import ReplicaReport
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
-from engine.agent import TelemetryAgent
+from controller.config import StreamSecurity
+from controller.security import read_token
+from engine.agent import ControlCredentials, TelemetryAgent
 from engine.async_engine import AsyncEngine
+from engine.request_log import RequestRecord
 from engine.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -48,6 +56,8 @@ class EngineReplica:
             on_setting=self._engine.apply_setting,
             take_window=self._engine.take_window,
             period_s=config.controller.tick_s,
+            credentials=control_credentials(config.controller.security),
+            start_s=process_age_s(),
         )
         self._publisher = LoadPublisher(
             config.resolved_redis_url(), context.app_name, self._replica_id, self._live_load
@@ -79,6 +89,14 @@ class EngineReplica:
             self._token,
         )
 
+    async def requests_of(self, request_id: str) -> list[dict[str, Any]]:
+        """What became of an API request's choices and attempts here, as far as it is remembered."""
+        return self._described(self._engine.request_log.find(request_id))
+
+    async def requests_between(self, since_s: float, until_s: float, limit: int) -> list[dict[str, Any]]:
+        """The newest requests that ended in [since_s, until_s), Unix time by this machine's clock."""
+        return self._described(self._engine.request_log.between(since_s, until_s, limit))
+
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""
         self._engine.check_health()
@@ -92,6 +110,10 @@ class EngineReplica:
         await self._server.stop()
         await self._agent.stop()
         await self._engine.stop()
+
+    def _described(self, records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+        whose = {"replica_id": self._replica_id, "model_id": self._engine.info.name}
+        return [{**whose, **asdict(record)} for record in records]
 
     def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
@@ -111,6 +133,15 @@ class EngineReplica:
             decode=setting.decode,
             mean_output_tokens=brownout.governor.mean_output_tokens,
         )
+
+
+def control_credentials(security: StreamSecurity) -> ControlCredentials:
+    """The replica's side of the control streams' security. OSError if a file cannot be read."""
+    return ControlCredentials(
+        ca_pem=Path(security.ca_file).read_bytes() if security.has_tls else None,
+        token=read_token(security.token_file),
+        server_name=security.server_name,
+    )
 
 
 async def _wait_for(controller: asyncio.Task[str]) -> None:

@@ -48,6 +48,7 @@ class ControllerService:
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self._closing: asyncio.Task[None] | None = None
         self.address = ""
         self.superseded = False  # a newer controller uses our Redis keys: this one controls nothing any more
@@ -85,6 +86,7 @@ class ControllerService:
 
     async def stop(self) -> None:
         """Close all streams and save once more; replicas keep their setting until its lease ends."""
+        self._stopping = True  # redis-py may swallow a cancellation that meets a lost connection
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -125,6 +127,14 @@ class ControllerService:
     def decisions(self, limit: int = 100, model_id: str | None = None) -> list[dict[str, Any]]:
         """The newest decisions first, those of earlier lives included."""
         return self._state.ledger.recent(limit, model_id)
+
+    def decisions_between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Those of [since_s, until_s), Unix time by the controller's clock, newest first."""
+        return self._state.ledger.between(since_s, until_s)
+
+    def decisions_of(self, model_id: str, first: int, last: int) -> list[dict[str, Any]]:
+        """The settings of a model with versions ``first`` to ``last``, newest first."""
+        return self._state.ledger.of_versions(model_id, first, last)
 
     # --- called by the streams -----------------------------------------------------------------------------------
 
@@ -199,8 +209,11 @@ class ControllerService:
         self._changed.set()
 
     def _plan(self, control: ModelControl, now_s: float) -> None:
-        if control.tick_plan(now_s):
-            assert control.plan is not None and control.fleet is not None
+        plan_changed, measures_changed = control.tick_fleet(now_s)
+        if measures_changed and control.measures is not None and control.threat is not None:
+            self._state.ledger.append_measures(control.model_id, control.measures, control.threat, time.time())
+            self._changed.set()
+        if plan_changed and control.plan is not None and control.fleet is not None:
             self._state.ledger.append_plan(control.model_id, control.plan, control.fleet, time.time())
             log.info("%s should have %d replicas: %s", control.model_id, control.plan.desired, control.plan.reason)
             self._changed.set()
@@ -236,7 +249,7 @@ class ControllerService:
     # --- what outlives us ----------------------------------------------------------------------------------------
 
     async def _save_loop(self) -> None:
-        while not self.superseded:
+        while not (self.superseded or self._stopping):
             with suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_INTERVAL_S):
                     await self._changed.wait()

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.brownout import Brownout
+from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
@@ -40,10 +40,9 @@ from engine.types import (
     Levels,
     ModelInfo,
     RequestOutput,
-    ServiceClass,
 )
 
-EXPERT_LOAD_PERIOD_S = 0.25
+EXPERT_LOAD_PERIOD_S = 1.0  # nobody decides on it in a hurry
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,37 +203,19 @@ class Engine:
                 predicted_s=self.brownout.predict_step_s(batch, levels),
                 routed_pairs=batch.num_tokens * self._pairs_per_token,
                 dimmed_pairs=sum(result.dimmed_pairs),
-                spent=self._spent(batch, levels),
+                spent=spent_by_class(batch, levels, self.info.level_loss),
             )
         )
         self.brownout.learn_step(batch, levels, result.step_time_s, self._clock())
         self._record_experts()
-
-    def _spent(self, batch: ScheduledBatch, levels: Levels) -> dict[ServiceClass, tuple[int, float]]:
-        """class |-> (tokens of the step, sum of their quality loss in nats)."""
-        spent: dict[ServiceClass, tuple[int, float]] = {}
-        tokens = Counter(item.sequence.request.service_class for item in batch.decodes)
-        loss = self._loss_nats(levels.decode)
-        for service_class, count in tokens.items():
-            spent[service_class] = (count, count * loss if service_class is not ServiceClass.FULL else 0.0)
-        loss = self._loss_nats(levels.prefill)
-        for item in batch.prefills:
-            service_class = item.sequence.request.service_class
-            num_tokens, loss_nats = spent.get(service_class, (0, 0.0))
-            own_nats = 0.0 if item.sequence.exact else item.num_tokens * loss
-            spent[service_class] = (num_tokens + item.num_tokens, loss_nats + own_nats)
-        return spent
-
-    def _loss_nats(self, level: int) -> float:
-        """Per token; 0 where the ladder is not measured."""
-        return self.info.level_loss[level] if self.info.level_loss else 0.0
 
     def _record_experts(self) -> None:
         counter = self._runner.slot.counter if self._runner is not None else None
         now_s = self._clock()
         if counter is not None and now_s - self._experts_taken_s >= EXPERT_LOAD_PERIOD_S:
             self._experts_taken_s = now_s
-            self.recorder.record_layers(counter.take())
+            if (experts := counter.take()) is not None:
+                self.recorder.record_experts(experts)
 
     def _collect(
         self, batch: ScheduledBatch, levels: Levels, result: StepResult, setting_version: int
