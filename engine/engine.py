@@ -15,7 +15,6 @@ Not thread-safe: one thread owns it. `engine.async_engine` runs it in a thread o
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 

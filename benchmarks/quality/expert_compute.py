@@ -7,6 +7,8 @@
 | padded  | experts' tokens in equal buffers; tokens beyond twice the mean load are dropped | nothing better runs |
 | grouped | tokens sorted by expert, one grouped product                 | a recent GPU                       |
 
+Rows are gathered by index_select, whose gradient is an addition; that of x[rows] would sort first.
+
 Legend: N tokens, E experts, A experts per token, D hidden size, F expert FFN width.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 CAPACITY = 2.0  # buffer of the padded way, in mean loads
 ALIGNMENT = 8  # rows of a group of the grouped product: 16 bytes of bfloat16
+_grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm  # public since torch 2.10
 
 
 def loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -35,7 +38,7 @@ def dense(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
     num_experts, dim, size = down.shape
     hidden = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, (num_experts, 2 * size))  # [N, E, 2F]
     share = torch.zeros(x.shape[0], num_experts, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
-    hidden = _activate(hidden) * share[:, :, None]
+    hidden = _activate(hidden) * share[:, :, None].to(hidden.dtype)
     return F.linear(hidden.flatten(1), down.transpose(0, 1).reshape(dim, -1))
 
 
@@ -45,10 +48,10 @@ def padded(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tenso
     order, expert_of, rank = _sorted_pairs(ids, num_experts)
     slot = torch.where(rank < capacity, expert_of * capacity + rank, num_experts * capacity)
     token_of = order // ids.shape[1]
-    buffer = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x[token_of])
+    buffer = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x.index_select(0, token_of))
     inputs = buffer[:-1].unflatten(0, (num_experts, capacity))
     answers = _activate(inputs @ gate_up.mT.to(x.dtype)) @ down.mT.to(x.dtype)
-    answers = torch.cat((answers.flatten(0, 1), x.new_zeros(1, x.shape[1])))[slot]
+    answers = torch.cat((answers.flatten(0, 1), x.new_zeros(1, x.shape[1]))).index_select(0, slot)
     return torch.zeros_like(x).index_add(0, token_of, answers * weights.flatten()[order, None])
 
 
@@ -64,11 +67,12 @@ def grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     token_of = order // ids.shape[1]
     num_rows = -(-num_pairs // ALIGNMENT) * ALIGNMENT + num_experts * ALIGNMENT
     inputs = torch.zeros(num_rows, x.shape[1], dtype=torch.bfloat16, device=x.device)
-    inputs = inputs.index_copy(0, slot, x[token_of].to(torch.bfloat16))
+    inputs = inputs.index_copy(0, slot, x.index_select(0, token_of).to(torch.bfloat16))
     offsets = ends.to(torch.int32)
     offsets[-1] = num_rows  # the last group takes the rest of the buffer, all zeros
-    hidden = _activate(F.grouped_mm(inputs, gate_up.to(torch.bfloat16).mT, offs=offsets))
-    answers = F.grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)[slot].to(x.dtype)
+    hidden = _activate(_grouped_mm(inputs, gate_up.to(torch.bfloat16).mT, offs=offsets))
+    answers = _grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)
+    answers = answers.index_select(0, slot).to(x.dtype)
     return torch.zeros_like(x).index_add(0, token_of, answers * weights.flatten()[order, None])
 
 

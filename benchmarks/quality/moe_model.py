@@ -73,6 +73,12 @@ class MoeConfig:
         }
 
 
+def rotary_tables(config: MoeConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_position, head_dim]"""
+    rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, torch.device("cpu"))
+    return rotary.tables(torch.arange(config.max_position))
+
+
 class Attention(nn.Module):
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
@@ -121,6 +127,8 @@ class MoeBlock(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         chosen = torch.zeros_like(probs).scatter_(1, ids, 1.0)
         balance = probs.shape[1] * (chosen.mean(dim=0) / self.num_chosen * probs.mean(dim=0)).sum()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         gate, up = self.shared_gate_up(x).chunk(2, dim=-1)
         shared = torch.sigmoid(self.shared_gate(x)) * self.shared_down(F.silu(gate) * up)
         return self.compute(x, ids, weights.to(x.dtype), self.gate_up, self.down) + shared, balance
@@ -149,8 +157,7 @@ class MoeLm(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, EXPERT_COMPUTE[expert_compute]) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, torch.device("cpu"))
-        cos, sin = rotary.tables(torch.arange(config.max_position))
+        cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -167,6 +174,11 @@ class MoeLm(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] -> logits [B, T, V] and the mean load-balancing loss."""
+        hidden, balance = self.hidden(tokens)
+        return F.linear(hidden, self.embedding.weight), balance
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] -> [B, T, D] before the output projection, and the mean load-balancing loss."""
         x = self.embedding(tokens)
         num_tokens = tokens.shape[1]
         cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
@@ -174,7 +186,7 @@ class MoeLm(nn.Module):
         for layer in self.layers:
             x, balance = layer(x, cos, sin)
             balances.append(balance)
-        return F.linear(self.norm(x), self.embedding.weight), torch.stack(balances).mean()
+        return self.norm(x), torch.stack(balances).mean()
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights under Hugging Face's names, bfloat16, on the CPU."""
