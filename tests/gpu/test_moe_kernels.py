@@ -75,7 +75,7 @@ def test_choice_without_a_shared_expert(kernel_device: torch.device, num_experts
     padding = max(MIN_ROUTER_ROWS - num_experts, 0)
     router = torch.nn.functional.pad(weight, (0, 0, 0, padding))
     rows = make_rows(20, (0, 0), kernel_device)
-    choice = choose(x, router, num_experts, top_k, True, num_experts, rows, rank_by_count=False)
+    choice = choose(x, router, num_experts, top_k, True, num_experts, rows, None)
     expected = Gate(weight, top_k, True)(x)
     assert torch.equal(choice.routing.ids.long(), expected.ids)
     torch.testing.assert_close(choice.routing.weights, expected.weights, rtol=1e-4, atol=1e-5)
