@@ -1,0 +1,236 @@
+"""Is the simulator right? The same arrivals through a live CPU engine and through the simulator.
+
+The engine runs in this process with the demo's configuration; the plant is the profile that the engine measured of
+itself at start. Both are governed by the same setting, without a controller, so that nothing but the step times differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.loadgen.record import Outcome, RequestRecord
+from benchmarks.report import Slo, measure, percentile
+from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.scenario import REPOSITORY
+from benchmarks.simulator.cluster import SimulatedCluster
+from benchmarks.simulator.runs import policy_of
+from benchmarks.simulator.scenario import ScenarioFile
+from benchmarks.simulator.traffic import Request, Traffic, build_traffic
+from benchmarks.workloads.lengths import draw_prompt
+from cluster.serve_file import load_serve_file
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.governor import step_time_for_queue_s
+from engine.step_time import StepTimeModel
+from engine.types import BrownoutSetting, GenerationRequest, PhaseSetting, SamplingParams
+
+SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
+MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
+NETWORK_DELAY_S = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRun:
+    """What the live engine did."""
+
+    records: tuple[RequestRecord, ...]
+    levels: tuple[tuple[float, int], ...]  # (time, level) at each change
+    reaction_s: float | None  # from the queue's first signal to the first dimmed step
+    step_p90_s: float
+    loss_tokens: float
+    num_tokens: int
+    duration_s: float
+
+
+def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress) -> LiveRun:
+    """Plays the traffic in real time; requests enter between two steps, as in serving."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    top = engine.info.num_levels - 1
+    slo = engine.config.slo
+    engine.apply_setting(
+        BrownoutSetting(
+            prefill=PhaseSetting(0, top, slo.ttft_s, MARGINS["ttft_margin"]),
+            decode=PhaseSetting(0, top, slo.tpot_s, MARGINS["tpot_margin"]),
+            law="predictive",
+        )
+    )
+    promise = PhaseSetting(0, top, slo.ttft_s, 1.0)
+    prompts = [draw_prompt(r.num_prompt, engine.info.vocab_size, rng) for r in traffic.requests]
+    pending = list(enumerate(traffic.requests))[::-1]
+    first_s: dict[str, float] = {}
+    records: list[RequestRecord] = []
+    levels: list[tuple[float, int]] = []
+    steps_s: list[float] = []
+    signal_s = reaction_s = None
+    loss_tokens, num_tokens = 0.0, 0
+    task = progress.add_task("live engine", total=len(prompts))
+    start_s = time.monotonic()
+    while len(records) < len(prompts):
+        now_s = time.monotonic() - start_s
+        while pending and pending[-1][1].at_s <= now_s:
+            index, request = pending.pop()
+            sampling = SamplingParams(max_tokens=request.num_output, temperature=0.0, ignore_eos=True)
+            waited_s = now_s - request.at_s
+            engine.add(GenerationRequest(str(index), prompts[index], sampling, waited_s=waited_s))
+        if not engine.has_work:
+            time.sleep(max(0.0, pending[-1][1].at_s - now_s))
+            continue
+        outputs = engine.step()
+        ended_s = time.monotonic() - start_s
+        steps_s.append(ended_s - now_s)
+        level, seen = engine.brownout.levels.peak, engine.brownout.observation
+        if not levels or levels[-1][1] != level:
+            levels.append((now_s, level))
+        loss_tokens += loss[level] * seen.num_tokens
+        num_tokens += seen.num_tokens
+        governor = engine.brownout.governor
+        chunk_s, step_s = step_time_for_queue_s(promise, seen, governor.mean_output_tokens)
+        chunk_is_late = governor.model.predict_s(0, seen.max_num_batched_tokens) > chunk_s
+        if signal_s is None and (governor.smoothed_s[0] > step_s or chunk_is_late):
+            signal_s = now_s
+        if signal_s is not None and reaction_s is None and level > 0:
+            reaction_s = now_s - signal_s
+        for output in outputs:
+            first_s.setdefault(output.request_id, ended_s)
+            if output.finish_reason is not None:
+                request = traffic.requests[int(output.request_id)]
+                records.append(
+                    RequestRecord(
+                        request.at_s,
+                        request.at_s,
+                        Outcome.COMPLETED,
+                        first_s[output.request_id],
+                        ended_s,
+                        request.num_prompt,
+                        request.num_output,
+                    )
+                )
+                progress.advance(task)
+    if signal_s is None and any(level for _, level in levels):
+        reaction_s = 0.0  # dimmed before the queue asked for it
+    duration_s = time.monotonic() - start_s
+    return LiveRun(
+        tuple(records),
+        tuple(levels),
+        reaction_s,
+        percentile(steps_s, 90) or 0.0,
+        loss_tokens,
+        num_tokens,
+        duration_s,
+    )
+
+
+def scenario_of(config: EngineConfig, model: StepTimeModel, loss: Sequence[float], out: Path) -> ScenarioFile:
+    """The simulated twin of an engine: its limits, its promise, its own profile as the plant."""
+    profile = out / "cpu_profile.json"
+    times_s = [list(row) for row in model.times_s]
+    write_result(profile, {"profile": {"token_counts": list(model.token_counts), "times_s": times_s}})
+    names = [f"level {i}" for i in range(model.num_levels)]
+    levels = [{"name": name, "profile": "", "loss": lost} for name, lost in zip(names, loss, strict=True)]
+    scheduler, cache = config.scheduler, config.cache
+    return ScenarioFile.model_validate(
+        {
+            "name": "cpu_burst",
+            "description": "One CPU engine: quiet, burst, quiet.",
+            "slo": {"ttft_s": config.slo.ttft_s, "tpot_s": config.slo.tpot_s},
+            "plant": {"profile": str(profile), "levels": levels, "united_fade": {1: 1.0, 2: 1.0}},
+            "engine": {
+                "max_num_seqs": scheduler.max_num_seqs,
+                "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+                "num_blocks": cache.num_blocks or 2048,
+            },
+            "traffic": {
+                "phases": [
+                    {"name": "quiet", "duration_s": 10, "load": 0.5},
+                    {"name": "burst", "duration_s": 15, "load": 1.6},
+                    {"name": "quiet", "duration_s": 10, "load": 0.5},
+                ],
+                "prompt_quantiles": [16, 32],
+                "output_quantiles": [24, 48],
+            },
+            "network_delay_s": NETWORK_DELAY_S,
+            "law_params": {"predictive": MARGINS},
+        }
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.simulator.validate", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("--load-req-s", type=float, default=7.0, help="what counts as load 1 (default: 7 requests/s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for sim_validation.json and cpu_profile.json")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    config = load_serve_file(SERVE_FILE).config.engine_config()
+    with console.status("starting the engine and profiling its steps"):
+        engine = Engine(config)
+    model = engine.brownout.governor.model
+    loss = engine.info.level_loss or (0.0,) * engine.info.num_levels
+    scenario = scenario_of(config, model, loss, arguments.out)
+    traffic = build_traffic(scenario, arguments.load_req_s, arguments.seed)
+    with Progress(console=console, transient=True) as progress:
+        live = run_live(engine, traffic, loss, arguments.seed, progress)
+    simulated = SimulatedCluster(scenario, policy_of("predictive", scenario), arguments.seed).run(traffic)
+    slo = Slo(config.slo.ttft_s, config.slo.tpot_s)
+    figures = {
+        "live": figures_of(live.records, slo, traffic.duration_s, live.levels, live.reaction_s),
+        "simulated": figures_of(
+            simulated.logs[0].records, slo, traffic.duration_s, simulated.logs[0].levels, simulated.logs[0].reaction_s
+        ),
+    }
+    difference = figures["simulated"]["ttft_p90_s"] / figures["live"]["ttft_p90_s"] - 1
+    write_result(
+        arguments.out / "sim_validation.json",
+        {
+            "seed": arguments.seed,
+            "load_req_s": arguments.load_req_s,
+            "requests": len(traffic.requests),
+            **figures,
+            "ttft_p90_difference": difference,
+            "live_step_p90_s": live.step_p90_s,
+        },
+    )
+    keys = list(figures["live"])
+    rows = [(name, *(_text(values[key]) for key in keys)) for name, values in figures.items()]
+    print(markdown_table(("", *keys), rows))
+    print(f"TTFT p90: the simulator is {difference:+.1%} off, seed {arguments.seed}, {len(traffic.requests)} requests")
+    return 0
+
+
+def figures_of(
+    records: Sequence[RequestRecord],
+    slo: Slo,
+    offered_s: float,
+    levels: Sequence[tuple[float, int]],
+    reaction_s: float | None,
+) -> dict[str, Any]:
+    metrics = asdict(measure(records, slo, offered_s))
+    names = ("slo_attainment", "violation_s", "ttft_p50_s", "ttft_p90_s", "tpot_p50_s", "tpot_p90_s")
+    return {
+        **{name: metrics[name] for name in names},
+        "level_peak": max(level for _, level in levels),
+        "moves_per_s": (len(levels) - 1) / metrics["duration_s"],
+        "reaction_s": reaction_s,
+    }
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
