@@ -22,9 +22,9 @@ from controller.model_control import ModelControl, Policy
 from controller.reports import Hello
 from controller.types import Setting, Slo
 from controller.wire import read_window, write_setting
-from engine.agent import setting_from_proto, window_to_proto
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SloConfig
 from engine.types import BrownoutSetting
+from engine.wire import setting_from_proto, window_to_proto
 
 MODEL_ID = "simulated"
 REPORT_PERIOD_S = 0.25  # engine.agent.TelemetryAgent's period
@@ -66,8 +66,8 @@ class SimulatedCluster:
         ]
         self._by_id = {replica.replica_id: replica for replica in self._replicas}
         slo = Slo(scenario.slo.ttft_s, scenario.slo.tpot_s)
-        config_ = ControllerConfig(slo=slo, tick_s=scenario.tick_s, allow_unmeasured=True)
-        self._control = ModelControl(MODEL_ID, config_, policy, epoch=1)
+        controller_config = ControllerConfig(slo=slo, tick_s=scenario.tick_s)
+        self._control = ModelControl(MODEL_ID, controller_config, policy, epoch=1)
         self._hellos = {
             replica_id: Hello(replica_id, MODEL_ID, 1, len(loss), ladder_measured=True, level_loss=loss)
             for replica_id in self._by_id

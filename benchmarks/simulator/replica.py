@@ -19,7 +19,7 @@ from engine.profile import profiled_token_counts
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.scheduler.sequence import Sequence
 from engine.step_time import StepTimeModel
-from engine.telemetry import StepWindow, TelemetryRecorder
+from engine.telemetry import StepRecord, StepWindow, TelemetryRecorder
 from engine.types import (
     BrownoutSetting,
     EngineBusyError,
@@ -41,7 +41,7 @@ class ReplicaLog:
 
     records: list[RequestRecord] = field(default_factory=list)
     levels: list[tuple[float, int]] = field(default_factory=list)  # (time, level) at each change
-    loss_tokens: float = 0.0  # nats, summed over computed tokens
+    loss_nats: float = 0.0  # summed over computed tokens
     num_tokens: int = 0
     num_steps: int = 0
     busy_s: float = 0.0
@@ -150,23 +150,35 @@ class SimulatedReplica:
 
     def _end_step(self, batch: ScheduledBatch, load: Load, levels: Levels, step_s: float) -> None:
         self.scheduler.commit(batch, levels)
+        predicted_s = self.brownout.predict_step_s(batch, levels)
         self.brownout.learn_step(batch, levels, step_s, self._events.now_s)
-        self.recorder.record_step(
-            batch.num_prefill_tokens, batch.num_decode_tokens, levels, step_s, load.num_tokens * PAIRS_PER_TOKEN
-        )
+        spent: dict[ServiceClass, tuple[int, float]] = {}
         self.log.num_steps += 1
         self.log.num_tokens += load.num_tokens
         self.log.busy_s += step_s
         for item in batch:
             sequence = item.sequence
-            if not sequence.exact:
-                level = levels.of(item.phase)
-                sequence.level_tokens += item.num_tokens * level
-                sequence.level_peak = max(sequence.level_peak, level)
-                self.log.loss_tokens += item.num_tokens * self._loss[level]
+            level = 0 if sequence.exact else levels.of(item.phase)
+            sequence.level_tokens += item.num_tokens * level
+            sequence.level_peak = max(sequence.level_peak, level)
             sequence.computed_tokens += item.num_tokens
+            service_class = sequence.request.service_class
+            num_tokens, loss_nats = spent.get(service_class, (0, 0.0))
+            spent[service_class] = num_tokens + item.num_tokens, loss_nats + item.num_tokens * self._loss[level]
             if item.samples:
                 self._append_token(sequence)
+        self.log.loss_nats += sum(loss_nats for _, loss_nats in spent.values())
+        self.recorder.record_step(
+            StepRecord(
+                batch.num_prefill_tokens,
+                batch.num_decode_tokens,
+                levels,
+                step_s,
+                predicted_s,
+                load.num_tokens * PAIRS_PER_TOKEN,
+                spent=spent,
+            )
+        )
         self._begin_step()
 
     def _append_token(self, sequence: Sequence) -> None:

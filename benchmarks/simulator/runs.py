@@ -110,7 +110,7 @@ def summarize(scenario: ScenarioFile, law: str, seed: int, traffic: Traffic, out
         seed=seed,
         attainment=metrics.slo_attainment,
         violation_s=metrics.violation_s,
-        mean_loss=sum(log.loss_tokens for log in outcome.logs) / num_tokens,
+        mean_loss=sum(log.loss_nats for log in outcome.logs) / num_tokens,
         moves_per_s=moves / outcome.end_s / len(outcome.logs),
         reaction_s=_reaction_s(outcome),
         live=False,

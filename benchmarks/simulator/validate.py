@@ -1,13 +1,12 @@
 """Is the simulator right? The same arrivals through a live CPU engine and through the simulator.
 
 The engine runs in this process with the demo's configuration; the plant is the profile that the engine measured of
-itself at start. Both are governed by the same setting, without a controller, so that nothing but the step times differs.
+itself at start. One setting governs both, without a controller, so that nothing but the step times differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from benchmarks.scenario import REPOSITORY
 from benchmarks.simulator.cluster import SimulatedCluster
 from benchmarks.simulator.runs import policy_of
 from benchmarks.simulator.scenario import ScenarioFile
-from benchmarks.simulator.traffic import Request, Traffic, build_traffic
+from benchmarks.simulator.traffic import Traffic, build_traffic
 from benchmarks.workloads.lengths import draw_prompt
 from cluster.serve_file import load_serve_file
 from engine.config import EngineConfig
