@@ -37,6 +37,7 @@ def describe_model(
         "setting": asdict(control.setting) if control.setting else None,
         "observation": asdict(control.observation),
         "quality": _describe_quality(control, config, now_s),
+        "measures": None if control.measures is None else asdict(control.measures),
         "plan": None if control.plan is None else _finite(asdict(control.plan)),
         "step_time_s": _describe_shapes(control, now_s),
         "num_windows": {str(verdict): count for verdict, count in control.window.num_windows.items()},

@@ -1,7 +1,8 @@
 """Is the simulator right? The same arrivals through a live CPU engine and through the simulator.
 
-The engine runs in this process with the demo's configuration; the plant is the profile that the engine measured of
-itself at start. One setting governs both, without a controller, so that nothing but the step times differs.
+The engine runs in this process with the demo's configuration. A first live run fits the plant: the profile that the
+engine measured of itself at start, each level scaled to the steps of that run. A second live run, of another seed, is
+compared with the simulator. One setting governs both, without a controller, so that nothing but the step times differs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.control import save_rows
 from benchmarks.loadgen.record import Outcome, RequestRecord
 from benchmarks.report import Slo, measure, percentile
 from benchmarks.results import RESULTS, markdown_table, write_result
@@ -35,7 +37,7 @@ from engine.types import BrownoutSetting, GenerationRequest, PhaseSetting, Sampl
 
 SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
 MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
-NETWORK_DELAY_S = 0.0
+MIN_STEPS = 20  # that a level must have run before its scale is its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,8 @@ class LiveRun:
     records: tuple[RequestRecord, ...]
     levels: tuple[tuple[float, int], ...]  # (time, level) at each change
     reaction_s: float | None  # from the queue's first signal to the first dimmed step
-    step_p90_s: float
-    loss_tokens: float
-    num_tokens: int
-    duration_s: float
+    steps: tuple[tuple[int, int, float], ...]  # (level, tokens, seconds)
+    loss_nats: float
 
 
 def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress) -> LiveRun:
@@ -71,9 +71,9 @@ def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int,
     first_s: dict[str, float] = {}
     records: list[RequestRecord] = []
     levels: list[tuple[float, int]] = []
-    steps_s: list[float] = []
+    steps: list[tuple[int, int, float]] = []
     signal_s = reaction_s = None
-    loss_tokens, num_tokens = 0.0, 0
+    loss_nats = 0.0
     task = progress.add_task("live engine", total=len(prompts))
     start_s = time.monotonic()
     while len(records) < len(prompts):
@@ -88,12 +88,11 @@ def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int,
             continue
         outputs = engine.step()
         ended_s = time.monotonic() - start_s
-        steps_s.append(ended_s - now_s)
         level, seen = engine.brownout.levels.peak, engine.brownout.observation
+        steps.append((level, seen.num_tokens, ended_s - now_s))
         if not levels or levels[-1][1] != level:
             levels.append((now_s, level))
-        loss_tokens += loss[level] * seen.num_tokens
-        num_tokens += seen.num_tokens
+        loss_nats += loss[level] * seen.num_tokens
         governor = engine.brownout.governor
         chunk_s, step_s = step_time_for_queue_s(promise, seen, governor.mean_output_tokens)
         chunk_is_late = governor.model.predict_s(0, seen.max_num_batched_tokens) > chunk_s
@@ -119,16 +118,19 @@ def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int,
                 progress.advance(task)
     if signal_s is None and any(level for _, level in levels):
         reaction_s = 0.0  # dimmed before the queue asked for it
-    duration_s = time.monotonic() - start_s
-    return LiveRun(
-        tuple(records),
-        tuple(levels),
-        reaction_s,
-        percentile(steps_s, 90) or 0.0,
-        loss_tokens,
-        num_tokens,
-        duration_s,
-    )
+    return LiveRun(tuple(records), tuple(levels), reaction_s, tuple(steps), loss_nats)
+
+
+def fitted(model: StepTimeModel, steps: Sequence[tuple[int, int, float]]) -> StepTimeModel:
+    """The profile with each level scaled so that it explains the time of all steps at that level."""
+    rows = []
+    overall = sum(s for _, _, s in steps) / sum(model.predict_s(level, n) for level, n, _ in steps)
+    for level in range(model.num_levels):
+        at_level = [(n, s) for of, n, s in steps if of == level]
+        enough = len(at_level) >= MIN_STEPS
+        ratio = sum(s for _, s in at_level) / sum(model.predict_s(level, n) for n, _ in at_level) if enough else overall
+        rows.append([ratio * t for t in model.times_s[level]])
+    return StepTimeModel.fit(model.token_counts, rows)
 
 
 def scenario_of(config: EngineConfig, model: StepTimeModel, loss: Sequence[float], out: Path) -> ScenarioFile:
@@ -159,7 +161,7 @@ def scenario_of(config: EngineConfig, model: StepTimeModel, loss: Sequence[float
                 "prompt_quantiles": [16, 32],
                 "output_quantiles": [24, 48],
             },
-            "network_delay_s": NETWORK_DELAY_S,
+            "network_delay_s": 0.0,
             "law_params": {"predictive": MARGINS},
         }
     )
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.simulator.validate", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("--load-req-s", type=float, default=7.0, help="what counts as load 1 (default: 7 requests/s)")
+    parser.add_argument("--load-req-s", type=float, default=6.0, help="what counts as load 1 (default: 6 requests/s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for sim_validation.json and cpu_profile.json")
     arguments = parser.parse_args(argv)
@@ -177,12 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_serve_file(SERVE_FILE).config.engine_config()
     with console.status("starting the engine and profiling its steps"):
         engine = Engine(config)
-    model = engine.brownout.governor.model
+    profile = engine.brownout.governor.model
     loss = engine.info.level_loss or (0.0,) * engine.info.num_levels
-    scenario = scenario_of(config, model, loss, arguments.out)
-    traffic = build_traffic(scenario, arguments.load_req_s, arguments.seed)
+    scenario = scenario_of(config, profile, loss, arguments.out)
+    seed = arguments.seed
     with Progress(console=console, transient=True) as progress:
-        live = run_live(engine, traffic, loss, arguments.seed, progress)
+        first = build_traffic(scenario, arguments.load_req_s, seed + 1)
+        plant = fitted(profile, run_live(engine, first, loss, seed + 1, progress).steps)
+        scenario = scenario_of(config, plant, loss, arguments.out)
+        traffic = build_traffic(scenario, arguments.load_req_s, seed)
+        live = run_live(engine, traffic, loss, seed, progress)
     simulated = SimulatedCluster(scenario, policy_of("predictive", scenario), arguments.seed).run(traffic)
     slo = Slo(config.slo.ttft_s, config.slo.tpot_s)
     figures = {
@@ -200,14 +206,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             "requests": len(traffic.requests),
             **figures,
             "ttft_p90_difference": difference,
-            "live_step_p90_s": live.step_p90_s,
+            "live_step_p90_s": percentile([step_s for _, _, step_s in live.steps], 90),
         },
     )
     keys = list(figures["live"])
     rows = [(name, *(_text(values[key]) for key in keys)) for name, values in figures.items()]
+    save_rows(arguments.out / "control.json", "cpu_burst", [_row(scenario, seed, figures["live"], live)], live=True)
     print(markdown_table(("", *keys), rows))
     print(f"TTFT p90: the simulator is {difference:+.1%} off, seed {arguments.seed}, {len(traffic.requests)} requests")
     return 0
+
+
+def _row(scenario: ScenarioFile, seed: int, figures: dict[str, Any], live: LiveRun) -> dict[str, Any]:
+    """The live run as a row of control.json."""
+    num_tokens = sum(n for _, n, _ in live.steps)
+    return {
+        "scenario": scenario.name,
+        "law": "predictive",
+        "seed": seed,
+        "attainment": figures["slo_attainment"],
+        "violation_s": figures["violation_s"],
+        "mean_loss": live.loss_nats / num_tokens,
+        "moves_per_s": figures["moves_per_s"],
+        "reaction_s": figures["reaction_s"],
+        "live": True,
+        "ttft_p90_s": figures["ttft_p90_s"],
+        "level_peak": figures["level_peak"],
+    }
 
 
 def figures_of(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.brownout import Brownout
 from engine.config import BrownoutConfig, EngineConfig, ModelConfig, SchedulerConfig, SloConfig
@@ -169,3 +171,23 @@ def test_a_step_at_two_levels_teaches_nothing() -> None:
     assert (levels, len(batch.decodes), len(batch.prefills)) == (Levels(0, 2), 1, 1)
     brownout.learn_step(batch, brownout.levels, 9.0, 9.0)
     assert brownout.governor.model.trim == 1.0
+
+
+places = st.tuples(st.integers(0, 3), st.integers(0, 5))
+
+
+@given(st.lists(places, min_size=1, max_size=12).flatmap(lambda sent: st.tuples(st.just(sent), st.permutations(sent))))
+def test_settings_in_whatever_order_end_with_the_newest(deliveries: tuple[list[tuple[int, int]], ...]) -> None:
+    """Settings are totally ordered: two streams, resent or delayed, cannot leave two replicas with different orders."""
+    sent, shuffled = deliveries
+    ends = []
+    for order in (sent, shuffled):
+        brownout = make_brownout()
+        in_force = []
+        for epoch, version in order:
+            brownout.apply(pinned((epoch + version) % 3, epoch, version), 0.0)
+            in_force.append((brownout.newest.epoch, brownout.newest.version))
+        assert in_force == sorted(in_force)
+        ends.append(brownout.newest)
+    assert ends[0] == ends[1]
+    assert (ends[0].epoch, ends[0].version) == max(sent)
