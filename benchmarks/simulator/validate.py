@@ -3,6 +3,8 @@
 The engine runs in this process with the demo's configuration. A first live run fits the plant: the profile that the
 engine measured of itself at start, each level scaled to the steps of that run. A second live run, of another seed, is
 compared with the simulator. One setting governs both, without a controller, so that nothing but the step times differs.
+The live engine runs on the CPU time of this process and skips what would be idle: neighbours on the machine take
+its time away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every thread.
 """
 
 from __future__ import annotations
@@ -29,15 +31,43 @@ from benchmarks.simulator.scenario import ScenarioFile
 from benchmarks.simulator.traffic import Traffic, build_traffic
 from benchmarks.workloads.lengths import draw_prompt
 from cluster.serve_file import load_serve_file
+from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.governor import step_time_for_queue_s
+from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
-from engine.types import BrownoutSetting, GenerationRequest, PhaseSetting, SamplingParams
+from engine.types import BrownoutSetting, GenerationRequest, Levels, PhaseSetting, SamplingParams
 
 SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
 MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
 MIN_STEPS = 20  # that a level must have run before its scale is its own
+
+
+class CpuClock:
+    """Seconds of CPU time of this process since it was made, plus the idle time that was skipped."""
+
+    def __init__(self) -> None:
+        self._skipped_s = -time.process_time()
+
+    def __call__(self) -> float:
+        return self._skipped_s + time.process_time()
+
+    def skip_to(self, at_s: float) -> None:
+        self._skipped_s += max(0.0, at_s - self())
+
+
+class CpuTimedBrownout(Brownout):
+    """Learns each step's time on the engine's clock, from choosing its level to its end, instead of the wall's."""
+
+    _chosen_at_s = 0.0
+
+    def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
+        self._chosen_at_s = now_s
+        return super().choose(scheduler, batch, now_s)
+
+    def learn_step(self, batch: ScheduledBatch, levels: Levels, step_time_s: float, now_s: float) -> None:
+        super().learn_step(batch, levels, now_s - self._chosen_at_s, now_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +81,10 @@ class LiveRun:
     loss_nats: float
 
 
-def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress) -> LiveRun:
-    """Plays the traffic in real time; requests enter between two steps, as in serving."""
+def run_live(
+    engine: Engine, clock: CpuClock, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress
+) -> LiveRun:
+    """Plays the traffic on the engine's clock; requests enter between two steps, as in serving."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -75,19 +107,19 @@ def run_live(engine: Engine, traffic: Traffic, loss: Sequence[float], seed: int,
     signal_s = reaction_s = None
     loss_nats = 0.0
     task = progress.add_task("live engine", total=len(prompts))
-    start_s = time.monotonic()
+    start_s = clock()
     while len(records) < len(prompts):
-        now_s = time.monotonic() - start_s
+        now_s = clock() - start_s
         while pending and pending[-1][1].at_s <= now_s:
             index, request = pending.pop()
             sampling = SamplingParams(max_tokens=request.num_output, temperature=0.0, ignore_eos=True)
             waited_s = now_s - request.at_s
             engine.add(GenerationRequest(str(index), prompts[index], sampling, waited_s=waited_s))
         if not engine.has_work:
-            time.sleep(max(0.0, pending[-1][1].at_s - now_s))
+            clock.skip_to(start_s + pending[-1][1].at_s)
             continue
         outputs = engine.step()
-        ended_s = time.monotonic() - start_s
+        ended_s = clock() - start_s
         level, seen = engine.brownout.levels.peak, engine.brownout.observation
         steps.append((level, seen.num_tokens, ended_s - now_s))
         if not levels or levels[-1][1] != level:
@@ -178,17 +210,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     config = load_serve_file(SERVE_FILE).config.engine_config()
     with console.status("starting the engine and profiling its steps"):
-        engine = Engine(config)
+        clock = CpuClock()
+        engine = Engine(config, clock)
     profile = engine.brownout.governor.model
+    engine.brownout = CpuTimedBrownout(profile, config, may_dim=True)
     loss = engine.info.level_loss or (0.0,) * engine.info.num_levels
     scenario = scenario_of(config, profile, loss, arguments.out)
     seed = arguments.seed
     with Progress(console=console, transient=True) as progress:
         first = build_traffic(scenario, arguments.load_req_s, seed + 1)
-        plant = fitted(profile, run_live(engine, first, loss, seed + 1, progress).steps)
+        plant = fitted(profile, run_live(engine, clock, first, loss, seed + 1, progress).steps)
         scenario = scenario_of(config, plant, loss, arguments.out)
         traffic = build_traffic(scenario, arguments.load_req_s, seed)
-        live = run_live(engine, traffic, loss, seed, progress)
+        live = run_live(engine, clock, traffic, loss, seed, progress)
     simulated = SimulatedCluster(scenario, policy_of("predictive", scenario), arguments.seed).run(traffic)
     slo = Slo(config.slo.ttft_s, config.slo.tpot_s)
     figures = {
