@@ -14,12 +14,20 @@ class PromptPace:
         self._admitted_s: float | None = None
         self._last_s: float | None = None
         self._last_tokens = 0
+        self._had_queue = False
         self._tokens_admitted = 0
         self._waited_s = 0.0
 
-    def note_step(self, now_s: float, num_tokens: int, budget: int, num_admitted_tokens: int, has_queue: bool) -> None:
-        """A step of ``num_tokens`` starts at ``now_s``; what it admitted, and whether others still wait."""
-        elapsed_s = 0.0 if self._last_s is None else now_s - self._last_s
+    def note_step(
+        self, now_s: float, num_running: int, num_tokens: int, budget: int, num_admitted_tokens: int, has_queue: bool
+    ) -> None:
+        """A step of ``num_tokens`` starts at ``now_s``; what it admitted, and whether others still wait.
+
+        ``num_running`` were in the batch before it: with none, and nobody waiting, the time since the last step may
+        have been idle and says nothing.
+        """
+        is_busy = self._had_queue or num_running > 0
+        elapsed_s = 0.0 if self._last_s is None or not is_busy else now_s - self._last_s
         if self._last_tokens >= MIN_BUSY_FRAC * budget and elapsed_s > 0:
             self._computed_s = _mixed(self._computed_s, elapsed_s / self._last_tokens)
         if has_queue:
@@ -30,7 +38,7 @@ class PromptPace:
                 self._waited_s, self._tokens_admitted = 0.0, 0
         else:
             self._waited_s, self._tokens_admitted = 0.0, 0
-        self._last_s, self._last_tokens = now_s, num_tokens
+        self._last_s, self._last_tokens, self._had_queue = now_s, num_tokens, has_queue
 
     def compute_s(self, num_tokens: int) -> float:
         """Of a prompt whose turn it is; 0 while nothing is known."""

@@ -126,6 +126,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> ScheduledBatch:
         """Choose the next step's work and reserve its blocks; `launch` says that the step was begun."""
         budget = self.token_budget
+        num_running = len(self.running)
         self._order_queue(now_s)
         chosen: dict[str, ScheduledSequence] = {}
         preempted: set[Sequence] = set()
@@ -154,7 +155,9 @@ class Scheduler:
             num_preempted=num_preempted,
         )
         num_admitted_tokens = num_tokens_waiting - self.waiting.num_tokens
-        self.pace.note_step(now_s, batch.num_tokens, self.token_budget, num_admitted_tokens, bool(self.waiting))
+        self.pace.note_step(
+            now_s, num_running, batch.num_tokens, self.token_budget, num_admitted_tokens, bool(self.waiting)
+        )
         return batch
 
     def launch(self, batch: ScheduledBatch) -> None:

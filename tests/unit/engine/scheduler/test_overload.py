@@ -140,8 +140,18 @@ def test_priorities_hold_among_those_on_time_and_among_the_late() -> None:
 def test_admission_pace_counts_when_places_are_what_is_short() -> None:
     pace = PromptPace()
     for step in range(40):
-        pace.note_step(step * 0.1, num_tokens=2, budget=8, num_admitted_tokens=1, has_queue=True)
+        pace.note_step(step * 0.1, 1, num_tokens=2, budget=8, num_admitted_tokens=1, has_queue=True)
     assert pace.ttft_s(50, 4) == pytest.approx(5.0, rel=0.1)
+
+
+def test_an_idle_hour_does_not_make_prompts_look_slow() -> None:
+    pace = PromptPace()
+    pace.note_step(0.0, 0, num_tokens=8, budget=8, num_admitted_tokens=8, has_queue=True)
+    pace.note_step(0.1, 1, num_tokens=8, budget=8, num_admitted_tokens=8, has_queue=False)
+    known_s = pace.compute_s(8)
+    assert known_s == pytest.approx(0.1)
+    pace.note_step(3600.0, 0, num_tokens=8, budget=8, num_admitted_tokens=8, has_queue=False)
+    assert pace.compute_s(8) == known_s
 
 
 MODEL = StepTimeModel((8, 64), ((0.008, 0.036), (0.006, 0.034)))
