@@ -16,7 +16,7 @@ from benchmarks.simulator.plant import Plant
 from benchmarks.simulator.replica import ReplicaLog, SimulatedReplica, profile_of
 from benchmarks.simulator.scenario import ScenarioFile
 from benchmarks.simulator.traffic import Request, Traffic
-from cluster.router.policy import ReplicaLoad, rank
+from cluster.router.policy import Demand, ReplicaLoad, rank
 from controller.config import ControllerConfig
 from controller.model_control import ModelControl, Policy
 from controller.reports import Hello
@@ -117,13 +117,15 @@ class SimulatedCluster:
         if self._scenario.fleet.routing == "round_robin" or len(ids) == 1:
             order = [ids[self._num_routed % len(ids)]]
         else:
-            order = rank(ids, self._loads, self._picked, self._draw) or ids
+            demand = Demand(request.num_prompt, request.full)
+            order = rank(ids, self._loads, self._picked, self._draw, demand) or ids
         self._num_routed += 1
         self._picked[order[0]] += 1
         self._by_id[order[0]].submit(f"q{self._num_routed}", request)
 
     def _publish(self, replica: SimulatedReplica) -> None:
-        stats = replica.stats()
+        stats, brownout = replica.stats(), replica.brownout
+        setting = brownout.in_force(self._events.now_s)
         before = self._loads.get(replica.replica_id)
         self._loads[replica.replica_id] = ReplicaLoad(
             sequence=before.sequence + 1 if before else 1,
@@ -133,6 +135,11 @@ class SimulatedCluster:
             queued_prefill_tokens=stats.queued_prefill_tokens,
             max_num_batched_tokens=self._scenario.engine.max_num_batched_tokens,
             kv_used_frac=stats.kv_used_frac,
+            level=stats.levels.peak,
+            step_time=brownout.governor.model,
+            prefill=setting.prefill,
+            decode=setting.decode,
+            mean_output_tokens=brownout.governor.mean_output_tokens,
         )
         self._picked[replica.replica_id] = 0
 
