@@ -1,10 +1,10 @@
 """Is the simulator right? The same arrivals through a live CPU engine and through the simulator.
 
-The engine runs in this process with the demo's configuration. A first live run fits the plant: the profile that the
-engine measured of itself at start, each level scaled to the steps of that run. A second live run, of another seed, is
-compared with the simulator. One setting governs both, without a controller, so that nothing but the step times differs.
-The live engine runs on the CPU time of this process and skips what would be idle: neighbours on the machine take
-its time away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every thread.
+The engine runs in this process with the demo's configuration. The steps of a first live run fit the plant; a second
+live run, of another seed, is compared with the simulator. One setting governs both, without a controller, so that
+nothing but the step times differs. The live engine runs on the CPU time of this process and skips what would be idle:
+neighbours on the machine take its time away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every
+thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,7 +28,7 @@ from benchmarks.results import RESULTS, markdown_table, write_result
 from benchmarks.scenario import REPOSITORY
 from benchmarks.simulator.cluster import SimulatedCluster
 from benchmarks.simulator.runs import policy_of
-from benchmarks.simulator.scenario import ScenarioFile
+from benchmarks.simulator.scenario import ScenarioFile, SimulationError
 from benchmarks.simulator.traffic import Traffic, build_traffic
 from benchmarks.workloads.lengths import draw_prompt
 from cluster.serve_file import load_serve_file
@@ -41,7 +42,9 @@ from engine.types import BrownoutSetting, GenerationRequest, Levels, PhaseSettin
 
 SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
 MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
-MIN_STEPS = 20  # that a level must have run before its scale is its own
+MIN_STEPS = 20  # that a level must have run before its times are its own
+KNEE = 16  # tokens of a step
+TOKEN_COUNTS = (1, KNEE, 4 * KNEE)
 
 
 class CpuClock:
@@ -85,8 +88,6 @@ def run_live(
     engine: Engine, clock: CpuClock, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress
 ) -> LiveRun:
     """Plays the traffic on the engine's clock; requests enter between two steps, as in serving."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     top = engine.info.num_levels - 1
     slo = engine.config.slo
@@ -153,16 +154,26 @@ def run_live(
     return LiveRun(tuple(records), tuple(levels), reaction_s, tuple(steps), loss_nats)
 
 
-def fitted(model: StepTimeModel, steps: Sequence[tuple[int, int, float]]) -> StepTimeModel:
-    """The profile with each level scaled so that it explains the time of all steps at that level."""
-    rows = []
-    overall = sum(s for _, _, s in steps) / sum(model.predict_s(level, n) for level, n, _ in steps)
-    for level in range(model.num_levels):
-        at_level = [(n, s) for of, n, s in steps if of == level]
-        enough = len(at_level) >= MIN_STEPS
-        ratio = sum(s for _, s in at_level) / sum(model.predict_s(level, n) for n, _ in at_level) if enough else overall
-        rows.append([ratio * t for t in model.times_s[level]])
-    return StepTimeModel.fit(model.token_counts, rows)
+def fitted(num_levels: int, steps: Sequence[tuple[int, int, float]]) -> StepTimeModel:
+    """Step times by level from the steps of a run: least squares, piecewise linear in the tokens with a knee at KNEE.
+
+    The knee is where most experts are active. A level that hardly ran takes after the next shallower one.
+    """
+    rows: list[list[float]] = []
+    for level in range(num_levels):
+        at_level = np.array([(n, s) for of, n, s in steps if of == level]).reshape(-1, 2)
+        if len(at_level) >= MIN_STEPS:
+            tokens, times_s = at_level.T
+            terms = np.column_stack([np.ones_like(tokens), np.minimum(tokens, KNEE), np.maximum(tokens - KNEE, 0)])
+            weights, *_ = np.linalg.lstsq(terms, times_s, rcond=None)
+            counts = np.array(TOKEN_COUNTS)
+            grid = np.column_stack([np.ones_like(counts), np.minimum(counts, KNEE), np.maximum(counts - KNEE, 0)])
+            rows.append(np.maximum(grid @ weights, times_s.min()).tolist())
+        elif rows:
+            rows.append(rows[-1])
+        else:
+            raise SimulationError(f"level 0 ran {len(at_level)} steps, too few to fit; allowed: {MIN_STEPS} or more")
+    return StepTimeModel.fit(TOKEN_COUNTS, rows)
 
 
 def scenario_of(config: EngineConfig, model: StepTimeModel, loss: Sequence[float], out: Path) -> ScenarioFile:
@@ -203,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.simulator.validate", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("--load-req-s", type=float, default=6.0, help="what counts as load 1 (default: 6 requests/s)")
+    parser.add_argument("--load-req-s", type=float, default=10.0, help="what counts as load 1 (default: 10 requests/s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for sim_validation.json and cpu_profile.json")
     arguments = parser.parse_args(argv)
@@ -219,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed = arguments.seed
     with Progress(console=console, transient=True) as progress:
         first = build_traffic(scenario, arguments.load_req_s, seed + 1)
-        plant = fitted(profile, run_live(engine, clock, first, loss, seed + 1, progress).steps)
+        plant = fitted(engine.info.num_levels, run_live(engine, clock, first, loss, seed + 1, progress).steps)
         scenario = scenario_of(config, plant, loss, arguments.out)
         traffic = build_traffic(scenario, arguments.load_req_s, seed)
         live = run_live(engine, clock, traffic, loss, seed, progress)

@@ -9,19 +9,25 @@ import pytest
 
 from benchmarks.control import PLAN, save_rows
 from benchmarks.simulator.plant import Load, Plant
-from benchmarks.simulator.scenario import load_scenario
-from benchmarks.simulator.validate import MIN_STEPS, SERVE_FILE, fitted, scenario_of
+from benchmarks.simulator.scenario import SimulationError, load_scenario
+from benchmarks.simulator.validate import SERVE_FILE, fitted, scenario_of
 from cluster.serve_file import load_serve_file
 from engine.step_time import StepTimeModel
 
 MODEL = StepTimeModel((1, 32), ((0.01, 0.1), (0.01, 0.05)))
 
 
-def test_each_level_is_scaled_to_its_own_steps_and_a_rare_one_to_all() -> None:
-    steps = [(0, 32, 0.2)] * MIN_STEPS + [(1, 32, 0.06)] * MIN_STEPS
-    assert fitted(MODEL, steps).predict_s(0, 32) == pytest.approx(0.2)
-    assert fitted(MODEL, steps).predict_s(1, 32) == pytest.approx(0.06)
-    assert fitted(MODEL, [(0, 32, 0.2)] * MIN_STEPS).predict_s(1, 32) == pytest.approx(0.1)
+def test_the_plant_takes_after_the_steps_that_ran() -> None:
+    def step_s(level: int, num_tokens: int) -> float:
+        return (0.02 + 0.004 * min(num_tokens, 16) + 0.001 * max(num_tokens - 16, 0)) / (1 + level)
+
+    steps = [(level, n, step_s(level, n)) for level in (0, 1) for n in range(1, 49)]
+    model = fitted(3, steps)
+    for level, num_tokens in ((0, 4), (0, 40), (1, 10), (1, 60)):
+        assert model.predict_s(level, num_tokens) == pytest.approx(step_s(level, num_tokens))
+    assert model.predict_s(2, 30) == pytest.approx(step_s(1, 30))
+    with pytest.raises(SimulationError, match="too few to fit"):
+        fitted(2, steps[:5])
 
 
 def test_the_twin_of_an_engine_takes_as_long_as_its_profile(tmp_path: Path) -> None:
