@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from engine.config import EngineConfig, SloConfig
 from engine.governor import (
     GovernorState,
     StepObservation,
     Waiting,
+    choose_budget,
     choose_levels,
     observe_arrival,
     observe_finish,
@@ -20,6 +22,7 @@ from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
 from engine.types import BrownoutSetting, Levels, Phase, PhaseSetting, ServiceClass
 
+MAX_QUEUE_LOOKED_AT = 256  # a step must not cost more the longer the queue is
 SAFE_MARGIN = 0.8  # of the SLO that the safe policy plans for: it has nobody to correct its bias
 EXACT = BrownoutSetting.pinned(0)
 
@@ -48,6 +51,7 @@ class Brownout:
         self._may_dim = may_dim
         self.governor = GovernorState.initial(model)
         self.levels = Levels()  # of the last step
+        self.observation = StepObservation(num_tokens=0)  # what they were chosen by
         self._step_ended_s = float("inf")
         self._in_force = (EXACT, float("inf"))  # newest setting and when its lease ends; replaced as one
 
@@ -82,8 +86,11 @@ class Brownout:
     def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
         """The level of the scheduled step."""
         setting = self.in_force(now_s)
-        observation = self._observe(scheduler, batch, now_s)
-        self.governor, self.levels = choose_levels(self.governor, setting, observation, now_s)
+        self.observation = self._observe(scheduler, batch, now_s)
+        self.governor, self.levels = choose_levels(self.governor, setting, self.observation, now_s)
+        if self._config.chunk_tokens is not None:
+            limits = (self._config.chunk_tokens, self._config.max_num_batched_tokens)
+            scheduler.token_budget = choose_budget(self.governor, setting, self.observation, *limits)
         return self.levels
 
     def predict_step_s(self, batch: ScheduledBatch, levels: Levels) -> float | None:
@@ -92,18 +99,18 @@ class Brownout:
         Call it before `learn_step`, or the prediction would know the answer.
         """
         level = _level_of(batch, levels)
-        return None if level is None else self.governor.model.predict_s(level, batch.num_tokens)
+        return None if level is None else self.governor.model.predict_s(level, batch.num_tokens, _num_exact(batch))
 
     def learn_step(self, batch: ScheduledBatch, levels: Levels, step_time_s: float, now_s: float) -> None:
         """A step ended at ``now_s``: correct the step-time model, if both phases ran at one level.
 
-        Some rows that refuse to be dimmed make their step slower than its level promises: the trim carries that, so
-        that the others are dimmed more. With no other rows the step ran at level 0.
+        With rows only that refuse to be dimmed, that was level 0.
         """
         self._step_ended_s = now_s
         level = _level_of(batch, levels)
         if level is not None:
-            self.governor = observe_step(self.governor, level, batch.num_tokens, step_time_s)
+            num_exact = _num_exact(batch) if level else 0
+            self.governor = observe_step(self.governor, level, batch.num_tokens, step_time_s, num_exact)
 
     def learn_arrival(self, now_s: float) -> None:
         self.governor = observe_arrival(self.governor, now_s)
@@ -123,18 +130,22 @@ class Brownout:
                 prefill_tokens += sequence.num_uncomputed
                 if sequence.first_token_s is None:
                     waiting.append(Waiting(0, now_s - sequence.arrival_s, prefill_tokens))
-        sampled = set(sample_positions(len(scheduler.waiting)))
-        for index, sequence in enumerate(scheduler.waiting):
+        num_waiting = len(scheduler.waiting)
+        sampled = set(sample_positions(min(num_waiting, MAX_QUEUE_LOOKED_AT)))
+        for index, sequence in enumerate(islice(scheduler.waiting, MAX_QUEUE_LOOKED_AT)):
             prefill_tokens += sequence.num_uncomputed
             if index in sampled and sequence.first_token_s is None:
                 waiting.append(Waiting(index + 1, now_s - sequence.arrival_s, prefill_tokens))
         return StepObservation(
             num_tokens=batch.num_tokens,
+            num_exact=_num_exact(batch),
             idle_s=max(0.0, now_s - self._step_ended_s),
             waiting=waiting,
             num_free_slots=scheduler.num_free_slots,
             max_num_seqs=self._config.max_num_seqs,
-            prefill_tokens_per_step=self._config.max_num_batched_tokens - batch.num_decode_tokens,
+            num_held=len(scheduler.running) + num_waiting,
+            prefill_tokens_per_step=scheduler.token_budget - batch.num_decode_tokens,
+            max_num_batched_tokens=scheduler.token_budget,
         )
 
 
@@ -143,6 +154,11 @@ def _level_of(batch: ScheduledBatch, levels: Levels) -> int | None:
     if all(item.sequence.exact for item in batch):
         return 0
     return levels.decode if levels.prefill == levels.decode or not batch.prefills else None
+
+
+def _num_exact(batch: ScheduledBatch) -> int:
+    """Tokens of requests that refuse to be dimmed."""
+    return sum(item.num_tokens for item in batch if item.sequence.exact)
 
 
 def spent_by_class(

@@ -79,11 +79,22 @@ class SchedulerConfig:
 
     Sizing: max_num_batched_tokens bounds the longest step, hence TPOT while a prompt is computed in chunks.
     max_num_waiting bounds memory, not latency; about target TTFT x prefill throughput / mean prompt length.
+
+    What else may be done for a promise that dimming alone cannot keep (times are client times, wait included):
+    ``chunk_tokens``: token budget of a usual step; when prompts would be late at every level, steps grow from there
+    towards max_num_batched_tokens, as far as the pace of running requests allows. Default: always the latter.
+    ``deadline_s``: a request whose first token would come later than this goes behind those that can still make it;
+    nobody is passed over for more than ten times as long. Default: first come first served.
+    ``shed_after_s``: a request whose predicted time to first token exceeds this is refused at once, with the time
+    after which to retry. Default: never.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 4096
+    chunk_tokens: int | None = None
+    deadline_s: float | None = None
+    shed_after_s: float | None = None
 
     def __post_init__(self) -> None:
         require(self.max_num_seqs >= 1, "scheduler.max_num_seqs", self.max_num_seqs, "1 or more")
@@ -94,6 +105,15 @@ class SchedulerConfig:
             f"at least max_num_seqs ({self.max_num_seqs})",
         )
         require(self.max_num_waiting >= 1, "scheduler.max_num_waiting", self.max_num_waiting, "1 or more")
+        require(
+            self.chunk_tokens is None or self.max_num_seqs <= self.chunk_tokens <= self.max_num_batched_tokens,
+            "scheduler.chunk_tokens",
+            self.chunk_tokens,
+            f"max_num_seqs ({self.max_num_seqs}) to max_num_batched_tokens ({self.max_num_batched_tokens})",
+        )
+        for key in ("deadline_s", "shed_after_s"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"scheduler.{key}", value, "a positive number of seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,24 @@ Feed-forward: it does not wait for a percentile to go bad. Each step it keeps, f
 m[level] of the step time predicted for the recent batch shapes, and takes the least level at which
 
     m[level] <= margin * TPOT budget                                           (each running request keeps its pace)
-    waited(k) + steps(k) * m[level] <= margin * TTFT budget   for sampled k    (each waiting request starts in time)
+    waited(k) + chunks(k) * c[level] <= margin * TTFT budget  for sampled k    (each prompt is computed in time)
+    waited(k) + places(k) * m[level] <= margin * TTFT budget  for sampled k    (each waiting request starts in time)
+    f[level] <= max_num_seqs / (arrival rate * mean output length)             (a full batch keeps up with the arrivals)
 
-where steps(k) counts the steps until the k-th waiting request has its first token: its prompt and those before it in
-chunks of the token budget, and, when the batch is full, the steps until k places have become free (Little's law:
-places free up at max_num_seqs / mean output length per step). On the way down it also asks whether the lower level
-carries what arrives, or a queue would only build up again:
-
-    m[level] <= max_num_seqs / (arrival rate * mean output length)             (a full batch keeps up with the arrivals)
+where chunks(k) counts the steps of a whole token budget, c[level] each, until the k-th waiting request's prompt and
+those before it are computed, and places(k) the steps until k places of a full batch have become free (Little's law:
+max_num_seqs / mean output length per step). f[level] is the step of a full batch. The last condition raises the level
+only when the batch is nearly full, before a queue has formed; on the way down it always counts, or a queue would only
+build up again.
 
 | setting                    | prediction                                 | level                                     |
 | -------------------------- | ------------------------------------------ | ----------------------------------------- |
 | floor == ceiling           | any                                        | floor, at once                            |
 | floor < ceiling            | a lower level would break a budget         | least level that keeps both, at once      |
+| floor < ceiling            | nearly full, lower would not carry arrivals| least level that does, at once            |
 | floor < ceiling            | a lower level has been enough for DOWN_S   | one level down, at most one per DOWN_S    |
 | floor < ceiling            | ... but does not carry the arrivals        | kept                                      |
-| floor < ceiling            | no level keeps the budgets                 | ceiling                                   |
+| floor < ceiling            | no level keeps the budgets                 | least level within USELESS_FRAC of best   |
 | floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
 """
 
@@ -34,9 +36,12 @@ from engine.types import BrownoutSetting, Levels, PhaseSetting
 
 SMOOTHING_S = 0.4  # time constant of m[level]
 DOWN_S = 0.5  # a level must have been more than enough for so long before it is left
-ARRIVALS_S = 3.0  # time constant of the arrival rate
+ARRIVALS_S = (1.0, 4.0)  # bounds of the arrival rate's time constant
+NUM_ARRIVALS = 40.0  # that the rate remembers, within those bounds
+FULL_FRAC = 0.9  # of the places: from here on the arrivals may raise the level
+USELESS_FRAC = 0.01  # a deeper level that gains less than this is not worth its loss
 MAX_QUEUE_SAMPLES = 16
-OUTPUT_LENGTH_GAIN = 0.05
+OUTPUT_LENGTH_GAIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,14 @@ class StepObservation:
     """What the governor sees before a step."""
 
     num_tokens: int  # of the step to come
+    num_exact: int = 0  # of these, tokens of requests that are never dimmed
     idle_s: float = 0.0  # since the last step ended
     waiting: Sequence[Waiting] = ()  # requests without a first token: those in the batch, and a sample of the queue
     num_free_slots: int = 0
     max_num_seqs: int = 1
+    num_held: int = 0  # requests in the batch and in the queue
     prefill_tokens_per_step: int = 1  # token budget left beside the decoding rows
+    max_num_batched_tokens: int = 1  # of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +89,16 @@ def choose_levels(
     state: GovernorState, setting: BrownoutSetting, observation: StepObservation, now_s: float
 ) -> tuple[GovernorState, Levels]:
     """The next step's level, the same for both phases within each phase's floor and ceiling."""
-    state = _smooth(state, observation.num_tokens, now_s)
+    state = _smooth(state, observation, now_s)
     top = state.model.num_levels - 1
-    wanted = max(
-        _least_level(state.smoothed_s, setting.decode.margin * setting.decode.budget_s),
-        _least_level(state.smoothed_s, _step_time_for_queue_s(setting.prefill, observation, state.mean_output_tokens)),
-    )
+    carrying = _level_for_arrivals(state, observation, now_s)
+    wanted = max(_level_for_pace(state, setting.decode), _level_for_queue(state, setting.prefill, observation))
+    if observation.num_held >= FULL_FRAC * observation.max_num_seqs:
+        wanted = max(wanted, carrying)
     level, enough_since_s = max(0, state.level - int(observation.idle_s / DOWN_S)), state.enough_since_s
     if wanted >= level:
         level, enough_since_s = wanted, math.inf
-    elif _level_for_arrivals(state, observation.max_num_seqs, now_s) >= level:
+    elif carrying >= level:
         enough_since_s = math.inf
     elif enough_since_s == math.inf:
         enough_since_s = now_s
@@ -102,9 +110,31 @@ def choose_levels(
     return replace(state, level=level, enough_since_s=enough_since_s), levels
 
 
-def observe_step(state: GovernorState, level: int, num_tokens: int, step_time_s: float) -> GovernorState:
-    """Learn from a step that ran wholly at ``level``."""
-    return replace(state, model=state.model.observe(level, num_tokens, step_time_s))
+def choose_budget(
+    state: GovernorState, setting: BrownoutSetting, observation: StepObservation, least: int, most: int
+) -> int:
+    """The next step's token budget: ``least``, unless prompts would be late with that, at the level now in force.
+
+    Then the largest of ``most`` and its halves with which a step keeps the pace of running requests: long steps compute
+    prompts faster, because each reads the weights once.
+    """
+    chunk_s, _ = step_time_for_queue_s(setting.prefill, observation, state.mean_output_tokens)
+    num_others = observation.max_num_batched_tokens - observation.prefill_tokens_per_step
+    chunk_s *= max(least - num_others, 1) / max(observation.prefill_tokens_per_step, 1)
+    if state.model.predict_s(state.level, least) <= chunk_s:
+        return least
+    pace_s = setting.decode.margin * setting.decode.budget_s
+    budget = most
+    while budget > least and state.model.predict_s(state.level, budget) > pace_s:
+        budget //= 2
+    return max(budget, least)
+
+
+def observe_step(
+    state: GovernorState, level: int, num_tokens: int, step_time_s: float, num_exact: int = 0
+) -> GovernorState:
+    """Learn from a step that ran wholly at ``level``, but for ``num_exact`` of its tokens."""
+    return replace(state, model=state.model.observe(level, num_tokens, step_time_s, num_exact))
 
 
 def observe_finish(state: GovernorState, num_output_tokens: int) -> GovernorState:
@@ -115,7 +145,8 @@ def observe_finish(state: GovernorState, num_output_tokens: int) -> GovernorStat
 
 def observe_arrival(state: GovernorState, now_s: float) -> GovernorState:
     """Count a request that came at ``now_s``."""
-    return replace(state, arrivals_per_s=_arrivals_per_s(state, now_s) + 1 / ARRIVALS_S, arrived_s=now_s)
+    rate = _arrivals_per_s(state, now_s)
+    return replace(state, arrivals_per_s=rate + 1 / _memory_s(state), arrived_s=now_s)
 
 
 def sample_positions(num_waiting: int) -> list[int]:
@@ -126,39 +157,74 @@ def sample_positions(num_waiting: int) -> list[int]:
     return sorted({round(i * last / (MAX_QUEUE_SAMPLES - 1)) for i in range(MAX_QUEUE_SAMPLES)})
 
 
-def _smooth(state: GovernorState, num_tokens: int, now_s: float) -> GovernorState:
+def step_time_for_queue_s(
+    setting: PhaseSetting, observation: StepObservation, mean_output_tokens: float
+) -> tuple[float, float]:
+    """The longest (chunk, step) with which every sampled waiting request still gets its first token in time."""
+    steps_per_place = mean_output_tokens / observation.max_num_seqs
+    chunk_s = step_s = math.inf
+    for request in observation.waiting:
+        left_s = setting.margin * setting.budget_s - request.waited_s
+        chunks = request.prefill_tokens / max(observation.prefill_tokens_per_step, 1)
+        places_missing = max(0, request.position - observation.num_free_slots)
+        chunk_s = min(chunk_s, left_s / chunks) if chunks > 1 else chunk_s
+        step_s = min(step_s, left_s / (places_missing * steps_per_place + 1))
+    return chunk_s, step_s
+
+
+def _smooth(state: GovernorState, observation: StepObservation, now_s: float) -> GovernorState:
     gain = 1.0 - math.exp(-(now_s - state.updated_s) / SMOOTHING_S)
-    predicted = (state.model.predict_s(level, num_tokens) for level in range(state.model.num_levels))
+    num_tokens, num_exact = observation.num_tokens, observation.num_exact
+    predicted = (state.model.predict_s(level, num_tokens, num_exact) for level in range(state.model.num_levels))
     smoothed = tuple(m + gain * (p - m) for m, p in zip(state.smoothed_s, predicted, strict=True))
     return replace(state, smoothed_s=smoothed, updated_s=now_s)
 
 
-def _least_level(smoothed_s: Sequence[float], step_time_s: float) -> int:
-    """The least level whose step fits into step_time_s, else the strongest."""
-    return next((level for level, m in enumerate(smoothed_s) if m <= step_time_s), len(smoothed_s) - 1)
+def _least_level(step_s_by_level: Sequence[float], longest_s: float) -> int:
+    """The least level whose step fits into longest_s; if none does, the least that is about as fast as any."""
+    for level, step_s in enumerate(step_s_by_level):
+        if step_s <= longest_s:
+            return level
+    fastest_s = min(step_s_by_level) * (1 + USELESS_FRAC)
+    return next(level for level, step_s in enumerate(step_s_by_level) if step_s <= fastest_s)
 
 
-def _step_time_for_queue_s(setting: PhaseSetting, observation: StepObservation, mean_output_tokens: float) -> float:
-    """The longest step with which every sampled waiting request still gets its first token in time."""
-    steps_per_place = mean_output_tokens / observation.max_num_seqs
-    longest_s = math.inf
-    for request in observation.waiting:
-        prefill_steps = math.ceil(request.prefill_tokens / max(observation.prefill_tokens_per_step, 1))
-        places_missing = max(0, request.position - observation.num_free_slots)
-        steps = max(1.0, prefill_steps, places_missing * steps_per_place + 1)
-        longest_s = min(longest_s, (setting.margin * setting.budget_s - request.waited_s) / steps)
-    return longest_s
+def _level_for_pace(state: GovernorState, setting: PhaseSetting) -> int:
+    return _least_level(state.smoothed_s, setting.margin * setting.budget_s)
 
 
-def _level_for_arrivals(state: GovernorState, max_num_seqs: int, now_s: float) -> int:
+def _level_for_queue(state: GovernorState, setting: PhaseSetting, observation: StepObservation) -> int:
+    chunk_s, step_s = step_time_for_queue_s(setting, observation, state.mean_output_tokens)
+    level = _least_level(state.smoothed_s, step_s)
+    if chunk_s == math.inf:
+        return level
+    return max(level, _least_level(_predicted_s(state, observation, observation.max_num_batched_tokens), chunk_s))
+
+
+def _level_for_arrivals(state: GovernorState, observation: StepObservation, now_s: float) -> int:
     """The least level at which a full batch finishes requests as fast as they arrive."""
     places_per_s = _arrivals_per_s(state, now_s) * state.mean_output_tokens
-    full_s = [max(m, state.model.predict_s(level, max_num_seqs)) for level, m in enumerate(state.smoothed_s)]
-    return _least_level(full_s, max_num_seqs / places_per_s if places_per_s else math.inf)
+    if not places_per_s:
+        return 0
+    full_s = _predicted_s(state, observation, observation.max_num_seqs)
+    full_s = [max(m, f) for m, f in zip(state.smoothed_s, full_s, strict=True)]
+    return _least_level(full_s, observation.max_num_seqs / places_per_s)
+
+
+def _predicted_s(state: GovernorState, observation: StepObservation, num_tokens: int) -> list[float]:
+    """By level, for a step of ``num_tokens`` with as many exact tokens in proportion as the step to come."""
+    num_exact = round(num_tokens * observation.num_exact / observation.num_tokens) if observation.num_tokens else 0
+    return [state.model.predict_s(level, num_tokens, num_exact) for level in range(state.model.num_levels)]
+
+
+def _memory_s(state: GovernorState) -> float:
+    """Time constant of the arrival rate: short when there is much to go by."""
+    shortest_s, longest_s = ARRIVALS_S
+    return min(max(NUM_ARRIVALS / state.arrivals_per_s, shortest_s), longest_s) if state.arrivals_per_s else longest_s
 
 
 def _arrivals_per_s(state: GovernorState, now_s: float) -> float:
-    return state.arrivals_per_s * math.exp(min(0.0, state.arrived_s - now_s) / ARRIVALS_S)
+    return state.arrivals_per_s * math.exp(min(0.0, state.arrived_s - now_s) / _memory_s(state))
 
 
 def _clamp(level: int, setting: PhaseSetting, top: int) -> int:

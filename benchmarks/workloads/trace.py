@@ -32,7 +32,7 @@ def load_trace(
     rng = np.random.default_rng(seed)
     arrivals: list[Arrival] = []
     last_s = start_s
-    for at_s, num_input, num_output in _read_rows(path):
+    for at_s, num_input, num_output in read_rows(path):
         if not start_s <= at_s < end_s:
             continue
         last_s = max(last_s, at_s)
@@ -43,7 +43,7 @@ def load_trace(
     return Workload(tuple(sorted(arrivals, key=lambda a: a.at_s)), duration_s / speed)
 
 
-def _read_rows(path: Path) -> list[tuple[float, int, int]]:
+def read_rows(path: Path) -> list[tuple[float, int, int]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]

@@ -40,6 +40,16 @@ def check_queue(num_waiting: int, max_num_waiting: int) -> None:
         raise EngineBusyError(f"{num_waiting} requests are waiting, the most is {max_num_waiting}")
 
 
+def check_wait(predicted_ttft_s: float | None, shed_after_s: float | None) -> None:
+    """Raises EngineBusyError when the first token would come too late to be worth waiting for; None: unknown."""
+    if predicted_ttft_s is None or shed_after_s is None or predicted_ttft_s <= shed_after_s:
+        return
+    raise EngineBusyError(
+        f"the first token would come after {predicted_ttft_s:.2f} s, later than the {shed_after_s:g} s allowed here",
+        retry_after_s=predicted_ttft_s - shed_after_s,
+    )
+
+
 def has_room(sequence: Sequence, num_cached: int, blocks: BlockManager) -> bool:
     """Whether free blocks cover all the sequence's tokens but the ``num_cached`` that it shares, and the next one.
 

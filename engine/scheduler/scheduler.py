@@ -7,6 +7,9 @@ A step takes, in this order, until the token budget is spent:
 3. waiting sequences, by priority, then oldest first, while there is a place in the batch and blocks for all their
    tokens.
 
+With ``deadline_s`` those that can no longer have their first token in time wait behind those that can; with
+``shed_after_s`` a request that would wait too long is refused on arrival.
+
 When blocks run out, the latest arrival is preempted: it loses its blocks, returns to the head of the queue and
 recomputes (its own blocks are likely still in the prefix cache).
 """
@@ -20,11 +23,14 @@ from typing import NamedTuple
 
 from engine.config import SchedulerConfig
 from engine.kv_cache.blocks import BlockManager
-from engine.scheduler.admission import check_queue, check_request, has_room
+from engine.scheduler.admission import check_queue, check_request, check_wait, has_room
+from engine.scheduler.pace import PromptPace
 from engine.scheduler.preempt import choose_victim
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.sequence import Sequence
 from engine.types import Levels, Phase
+
+MAX_PASSED_OVER = 10  # deadlines that a relegated request may wait
 
 
 class ScheduledSequence(NamedTuple):
@@ -82,6 +88,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self._free_places = list(range(config.max_num_seqs))
         self._num_admissions = 0
+        self.pace = PromptPace()
+        self.token_budget = config.chunk_tokens or config.max_num_batched_tokens  # of the next step
 
     @property
     def has_work(self) -> bool:
@@ -101,6 +109,9 @@ class Scheduler:
         check_request(sequence.request, self._max_model_len, self._vocab_size)
         check_queue(len(self.waiting), self._config.max_num_waiting)
         sequence.max_len = min(sequence.max_len, self._max_model_len)
+        if self._config.shed_after_s is not None:
+            tokens_ahead = self.queued_prefill_tokens - self.waiting.num_tokens + self.waiting.num_tokens_on_time
+            check_wait(self.pace.ttft_s(tokens_ahead, sequence.num_uncomputed), self._config.shed_after_s)
         self.waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -110,19 +121,21 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> ScheduledBatch:
         """Choose the next step's work and reserve its blocks; `launch` says that the step was begun."""
-        budget = self._config.max_num_batched_tokens
+        budget = self.token_budget
+        num_running = len(self.running)
+        self._order_queue(now_s)
         chosen: dict[str, ScheduledSequence] = {}
-        num_preempted = 0
+        preempted: set[Sequence] = set()
         decoding = sorted((s for s in self.running if s.decoding), key=_arrival)
         prefilling = sorted((s for s in self.running if s.num_uncomputed and not s.decoding), key=_arrival)
         for sequence in (*decoding, *prefilling):
             num_tokens = min(sequence.num_uncomputed, budget)
-            if num_tokens == 0 or sequence.place < 0:  # preempted below by an older one
+            if num_tokens == 0 or sequence.place < 0:  # preempted by an older one
                 continue
             if sequence.num_computed + num_tokens > sequence.num_reserved:
-                preempted = self._make_room(sequence, sequence.num_computed + num_tokens)
-                num_preempted += len(preempted)
-                for victim in preempted:
+                victims = self._make_room(sequence, sequence.num_computed + num_tokens)
+                for victim in victims:
+                    preempted.add(victim)
                     taken_back = chosen.pop(victim.request_id, None)
                     budget += taken_back.num_tokens if taken_back else 0
                 if sequence in preempted:
@@ -130,14 +143,21 @@ class Scheduler:
             budget -= num_tokens
             phase = Phase.DECODE if sequence.decoding else Phase.PREFILL
             chosen[sequence.request_id] = _scheduled(sequence, num_tokens, phase)
+        num_preempted = len(preempted)
+        num_tokens_waiting = self.waiting.num_tokens
         if not num_preempted:
             self._admit(chosen, budget, now_s)
         items = chosen.values()
-        return ScheduledBatch(
+        batch = ScheduledBatch(
             decodes=tuple(item for item in items if item.phase is Phase.DECODE),
             prefills=tuple(item for item in items if item.phase is Phase.PREFILL),
             num_preempted=num_preempted,
         )
+        num_admitted_tokens = num_tokens_waiting - self.waiting.num_tokens
+        self.pace.note_step(
+            now_s, num_running, batch.num_tokens, self.token_budget, num_admitted_tokens, bool(self.waiting)
+        )
+        return batch
 
     def launch(self, batch: ScheduledBatch) -> None:
         """The step has begun: the next one may be scheduled behind it, before its tokens are known."""
@@ -153,6 +173,19 @@ class Scheduler:
                 if sequence.admission == item.admission:  # else it ended or was preempted meanwhile
                     dimmed = level > 0 and not sequence.exact
                     self.blocks.commit(sequence.request_id, sequence.token_ids, item.start + item.num_tokens, dimmed)
+
+    def _order_queue(self, now_s: float) -> None:
+        deadline_s = self._config.deadline_s
+        if deadline_s is None or not self.waiting:
+            return
+        longest_s = MAX_PASSED_OVER * deadline_s
+
+        def is_late(sequence: Sequence) -> bool:
+            waited_s = now_s - sequence.arrival_s
+            return deadline_s < waited_s + self.pace.compute_s(sequence.num_uncomputed) and waited_s < longest_s
+
+        self.waiting.relegate(is_late)
+        self.waiting.recall(lambda sequence: now_s - sequence.arrival_s >= longest_s)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
         """Reserve blocks for num_tokens tokens of a running sequence; returns whom that cost its place."""

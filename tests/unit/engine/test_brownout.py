@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.brownout import Brownout
 from engine.config import BrownoutConfig, EngineConfig, ModelConfig, SchedulerConfig, SloConfig
@@ -131,15 +133,29 @@ def test_idle_time_ends_dimming() -> None:
 
 
 @pytest.mark.parametrize(("num_full", "num_standard", "learns_of"), [(0, 2, 2), (1, 1, 2), (2, 0, 0)])
-def test_a_step_of_rows_that_refuse_teaches_level_0(num_full: int, num_standard: int, learns_of: int) -> None:
+def test_a_step_teaches_what_ran(num_full: int, num_standard: int, learns_of: int) -> None:
+    """A step that took what the model says of it changes nothing: rows that refuse are level 0's, or bound the rest."""
     sequences = [sequence(f"full-{i}", full=True) for i in range(num_full)]
     sequences += [sequence(f"standard-{i}") for i in range(num_standard)]
     brownout = make_brownout()
     brownout.apply(pinned(2, version=1), 0.0)
     _, batch = step(brownout, make_scheduler(*sequences), 0.0)
     assert batch.num_tokens == 8
-    brownout.learn_step(batch, brownout.levels, 2 * MODEL.predict_s(learns_of, 8), 1.0)
-    assert brownout.governor.model.trim == pytest.approx(1.05)
+    num_exact = 4 * num_full
+    brownout.learn_step(batch, brownout.levels, MODEL.predict_s(learns_of, 8, num_exact if learns_of else 0), 1.0)
+    assert brownout.governor.model == MODEL
+    brownout.learn_step(batch, brownout.levels, 1.5 * MODEL.predict_s(learns_of, 8, num_exact if learns_of else 0), 2.0)
+    learnt = brownout.governor.model
+    assert learnt.predict_s(learns_of, 8, num_exact) > MODEL.predict_s(learns_of, 8, num_exact)
+    assert (learnt.saving == 1.0) is (num_full > 0)  # exact rows hide how much the level saves
+
+
+def test_requests_that_refuse_do_not_make_the_others_pay() -> None:
+    """With every row exact no level would help, however late the queue is."""
+    brownout = make_brownout()
+    brownout.apply(ttft(0.01), 0.0)
+    scheduler = make_scheduler(*(sequence(f"full-{i}", full=True) for i in range(6)))
+    assert step(brownout, scheduler, 5.0)[0] == Levels(0, 0)
 
 
 def test_a_step_at_two_levels_teaches_nothing() -> None:
@@ -155,3 +171,23 @@ def test_a_step_at_two_levels_teaches_nothing() -> None:
     assert (levels, len(batch.decodes), len(batch.prefills)) == (Levels(0, 2), 1, 1)
     brownout.learn_step(batch, brownout.levels, 9.0, 9.0)
     assert brownout.governor.model.trim == 1.0
+
+
+places = st.tuples(st.integers(0, 3), st.integers(0, 5))
+
+
+@given(st.lists(places, min_size=1, max_size=12).flatmap(lambda sent: st.tuples(st.just(sent), st.permutations(sent))))
+def test_settings_in_whatever_order_end_with_the_newest(deliveries: tuple[list[tuple[int, int]], ...]) -> None:
+    """Settings are totally ordered: two streams, resent or delayed, cannot leave two replicas with different orders."""
+    sent, shuffled = deliveries
+    ends = []
+    for order in (sent, shuffled):
+        brownout = make_brownout()
+        in_force = []
+        for epoch, version in order:
+            brownout.apply(pinned((epoch + version) % 3, epoch, version), 0.0)
+            in_force.append((brownout.newest.epoch, brownout.newest.version))
+        assert in_force == sorted(in_force)
+        ends.append(brownout.newest)
+    assert ends[0] == ends[1]
+    assert (ends[0].epoch, ends[0].version) == max(sent)

@@ -39,7 +39,9 @@ def setting(floor: int = 0, ceiling: int = TOP, ttft_s: float = ANY_S, tpot_s: f
 
 
 def full_step(*waiting: Waiting, **overrides: float) -> StepObservation:
-    observation = StepObservation(num_tokens=32, waiting=waiting, max_num_seqs=32, prefill_tokens_per_step=96)
+    observation = StepObservation(
+        num_tokens=32, waiting=waiting, max_num_seqs=32, prefill_tokens_per_step=96, max_num_batched_tokens=128
+    )
     return replace(observation, **overrides)
 
 
@@ -76,12 +78,17 @@ def run_for(
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96)), 2, id="queue-for-a-place"),
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.4, 96)), 3, id="waited-time-counts"),
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96), num_free_slots=5), 0, id="free-places"),
-        # 2000 prompt tokens in chunks of 96: 21 steps.
-        pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(0, 0.0, 2000)), 2, id="long-prompt-in-the-batch"),
+        # 2000 prompt tokens in chunks of 96 beside 32 decoding rows: 20.8 steps of 128 tokens. A step of 128 tokens
+        # takes 379, 297, 215, 133 and 51 ms, so 3 s leave 144 ms for each: level 3.
+        pytest.param(0, setting(ttft_s=3.0), full_step(Waiting(0, 0.0, 2000)), 3, id="long-prompt-in-the-batch"),
         pytest.param(0, setting(ttft_s=1.3), full_step(Waiting(0, 2.0, 24)), TOP, id="already-late"),
         pytest.param(
             0, setting(ttft_s=1.3, tpot_s=0.045), full_step(Waiting(10, 0.0, 96)), 3, id="the-stricter-budget-decides"
         ),
+        # All rows refuse to be dimmed: no level would be faster, so none is worth its loss.
+        pytest.param(0, setting(tpot_s=0.001), full_step(num_exact=32), 0, id="dimming-that-gains-nothing-is-not-done"),
+        # Half of them do: the step takes at least the 57 ms of 16 exact rows, which level 3 reaches as level 4 does.
+        pytest.param(0, setting(tpot_s=0.001), full_step(num_exact=16), 3, id="no-deeper-than-helps"),
         pytest.param(3, setting(), full_step(), 3, id="a-lower-level-is-enough-only-now"),
         pytest.param(3, setting(), full_step(idle_s=2 * DOWN_S), 1, id="idle-time-counts-as-enough"),
         pytest.param(3, setting(), full_step(idle_s=100.0), 0, id="idle-for-long"),
@@ -132,6 +139,14 @@ def test_stays_at_the_level_that_carries_the_arrivals(arrivals_per_s: float, exp
     assert state.level == 0  # nothing arrives any more
 
 
+@pytest.mark.parametrize(("num_held", "expected"), [(10, 0), (28, 0), (29, 2), (40, 2)])
+def test_arrivals_raise_the_level_before_a_queue_forms(num_held: int, expected: int) -> None:
+    """8 requests/s of 64 tokens need level 2 once the batch is full; while it has room they need nothing yet."""
+    state = replace(at_level(0), mean_output_tokens=64.0, arrivals_per_s=8.0, arrived_s=0.0)
+    _, levels = choose_levels(state, setting(), full_step(num_held=num_held), 0.0)
+    assert levels.decode == expected
+
+
 def test_a_relapse_starts_the_wait_anew() -> None:
     calm, busy = full_step(), full_step(Waiting(10, 0.0, 96))
     order = setting(ttft_s=1.3)
@@ -151,7 +166,10 @@ OBSERVATIONS = st.builds(
     waiting=st.lists(WAITING, max_size=5),
     num_free_slots=st.integers(0, 32),
     max_num_seqs=st.just(32),
+    num_held=st.integers(0, 64),
+    num_exact=st.integers(0, 32),
     prefill_tokens_per_step=st.integers(0, 128),
+    max_num_batched_tokens=st.just(128),
 )
 PHASES = st.builds(
     lambda floor, room, budget_s, margin: PhaseSetting(floor, floor + room, budget_s, margin),
@@ -220,7 +238,7 @@ def test_returns_to_zero_when_the_load_vanishes(steps: list[tuple[float, StepObs
 
 def test_learns_how_long_answers_are() -> None:
     state = at_level(0)
-    for _ in range(200):
+    for _ in range(400):
         state = observe_finish(state, 10)
     assert state.mean_output_tokens == pytest.approx(10, abs=0.1)
     # Short answers free places soon: a queue that needed level 2 needs none.

@@ -46,7 +46,7 @@ def test_one_measured_size_serves_all_sizes() -> None:
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7, 2.9])
 def test_trim_converges_to_a_constant_factor(factor: float) -> None:
     profile = model = StepTimeModel((1, 32), ((0.01, 0.1), (0.01, 0.05)))
-    for step in range(200):
+    for step in range(800):
         level, num_tokens = step % 2, 1 + step % 32
         model = model.observe(level, num_tokens, factor * profile.predict_s(level, num_tokens))
     assert model.trim == pytest.approx(factor, rel=1e-3)
@@ -61,3 +61,35 @@ def test_trim_is_bounded_and_one_stall_moves_it_little(measured_s: list[float]) 
         model = model.observe(0, 16, step_s)
         assert TRIM_BOUNDS[0] <= model.trim <= TRIM_BOUNDS[1]
         assert abs(model.trim - before) <= 0.05 * (TRIM_BOUNDS[1] - TRIM_BOUNDS[0]) + 1e-9
+
+
+@pytest.mark.parametrize("saving", [0.3, 0.5, 1.0])
+def test_a_level_that_saves_less_than_profiled_is_found_out(saving: float) -> None:
+    """Level 0 is as profiled; only what the deeper levels save is wrong. Afterwards every prediction is right."""
+    profile = model = StepTimeModel((1, 32), ((0.01, 0.1), (0.01, 0.06), (0.01, 0.03)))
+    truth = StepTimeModel((1, 32), profile.times_s, saving=saving)
+    for step in range(3000):
+        level = (step // 50) % 3
+        model = model.observe(level, 32, truth.predict_s(level, 32))
+    assert [model.predict_s(level, 32) for level in range(3)] == pytest.approx(
+        [truth.predict_s(level, 32) for level in range(3)], rel=0.02
+    )
+    assert model.error_frac < 0.02
+
+
+def test_exact_rows_bound_the_step() -> None:
+    model = StepTimeModel((1, 32), ((0.01, 0.32), (0.01, 0.05)))
+    assert model.predict_s(1, 32) == pytest.approx(0.05)
+    assert model.predict_s(1, 32, num_exact=32) == pytest.approx(model.predict_s(0, 32))
+    assert model.predict_s(1, 32, num_exact=16) == pytest.approx(model.predict_s(0, 16))
+    assert model.predict_s(0, 32, num_exact=16) == pytest.approx(0.32)
+
+
+@given(PROFILES, st.integers(1, 64), st.integers(0, 64), st.floats(0.1, 1.5))
+def test_predictions_are_monotone_in_level_whatever_was_learnt(
+    measured_s: list[list[float]], num_tokens: int, num_exact: int, saving: float
+) -> None:
+    fitted = StepTimeModel.fit(COUNTS, measured_s)
+    model = StepTimeModel(fitted.token_counts, fitted.times_s, saving=saving)
+    times_s = [model.predict_s(level, num_tokens, min(num_exact, num_tokens)) for level in range(model.num_levels)]
+    assert all(deep <= shallow + 1e-9 for shallow, deep in pairwise(times_s))
