@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from cluster.commands.brownout import brownout
+from cluster.commands.calibrate import calibrate
 from cluster.commands.checkpoint import checkpoint
 from cluster.commands.config import config
 from cluster.commands.serve import serve
@@ -41,7 +42,7 @@ def main() -> None:
     """
 
 
-for command in (serve, status, brownout, config, unite, checkpoint):
+for command in (serve, status, brownout, config, unite, calibrate, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":
