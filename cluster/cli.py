@@ -16,6 +16,7 @@ from cluster.commands.config import config
 from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.unite import unite
+from cluster.commands.united import united
 
 
 def _version() -> str:
@@ -42,7 +43,7 @@ def main() -> None:
     """
 
 
-for command in (serve, status, brownout, config, unite, calibrate, checkpoint):
+for command in (serve, status, brownout, config, unite, calibrate, united, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from ray.util import get_node_ip_address
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
-from cluster.reports import ReplicaReport
+from cluster.reports import ReplicaReport, SwapReport
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
 from engine.agent import TelemetryAgent
 from engine.async_engine import AsyncEngine
+from engine.config import ConfigError
 from engine.types import ModelInfo
+from engine.weights.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,14 @@ class EngineReplica:
             self._address,
             self._token,
         )
+
+    async def swap_united(self, path: str, ladder: str = "", replaces: int | None = None) -> SwapReport:
+        """Replace united experts while serving; the report says what was refused, if anything."""
+        try:
+            await self._engine.swap_united(path, ladder, replaces)
+        except (ConfigError, CheckpointError, RuntimeError) as error:
+            return SwapReport(self._replica_id, str(error))
+        return SwapReport(self._replica_id)
 
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""
