@@ -171,8 +171,8 @@ class Scheduler:
         for item in batch:
             if item.holds_place:
                 sequence = item.sequence
-                dimmed = levels.of(item.phase) > 0 and not sequence.exact
-                self.blocks.commit(sequence.request_id, sequence.token_ids, item.end, dimmed)
+                level = 0 if sequence.exact else levels.of(item.phase)
+                self.blocks.commit(sequence.request_id, sequence.token_ids, item.end, level)
 
     def _order_queue(self, now_s: float) -> None:
         deadline_s = self._config.deadline_s
@@ -217,6 +217,7 @@ class Scheduler:
                 break
             self.waiting.pop()
             sequence.num_computed = num_cached
+            sequence.level_peak = max(sequence.level_peak, self.blocks.level(sequence.request_id))
             if sequence.admitted_s is None:
                 sequence.admitted_s = now_s
                 sequence.num_cached = num_cached
