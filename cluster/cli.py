@@ -10,12 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from cluster.commands.brownout import brownout
+from cluster.commands.calibrate import calibrate
 from cluster.commands.checkpoint import checkpoint
 from cluster.commands.config import config
 from cluster.commands.explain import explain
 from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.unite import unite
+from cluster.commands.united import united
 
 
 def _version() -> str:
@@ -43,7 +45,7 @@ def main() -> None:
     """
 
 
-for command in (serve, status, brownout, explain, config, unite, checkpoint):
+for command in (serve, status, brownout, explain, config, unite, calibrate, united, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":

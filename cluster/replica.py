@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
 from cluster.processes import process_age_s
-from cluster.reports import ReplicaReport
+from cluster.reports import ReplicaReport, SwapReport
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
@@ -29,8 +29,10 @@ from controller.config import StreamSecurity
 from controller.security import read_token
 from engine.agent import ControlCredentials, TelemetryAgent
 from engine.async_engine import AsyncEngine
+from engine.config import ConfigError
 from engine.request_log import RequestRecord
 from engine.types import ModelInfo
+from engine.weights.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,14 @@ class EngineReplica:
     async def requests_between(self, since_s: float, until_s: float, limit: int) -> list[dict[str, Any]]:
         """The newest requests that ended in [since_s, until_s), Unix time by this machine's clock."""
         return self._described(self._engine.request_log.between(since_s, until_s, limit))
+
+    async def swap_united(self, path: str, ladder: str = "", replaces: int | None = None) -> SwapReport:
+        """Replace united experts while serving; the report says what was refused, if anything."""
+        try:
+            await self._engine.swap_united(path, ladder, replaces)
+        except (ConfigError, CheckpointError, RuntimeError) as error:
+            return SwapReport(self._replica_id, str(error))
+        return SwapReport(self._replica_id)
 
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""

@@ -1,4 +1,4 @@
-"""What a replica tells the ingress about itself, in one piece. Pure data."""
+"""What a replica tells about itself, in one piece. Pure data."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ class ReplicaReport:
     totals: Totals
     address: str = ""
     token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """How a replica's swap of united experts ended; ``error``: why it did not happen, "" if it did."""
+
+    replica_id: str
+    error: str = ""

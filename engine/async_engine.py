@@ -121,6 +121,31 @@ class AsyncEngine:
         """Put a setting in force from the next step on; False if a newer one is in force."""
         return self._engine.apply_setting(setting)
 
+    async def swap_united(self, path: str, ladder: str = "", replaces: int | None = None) -> None:
+        """Replace united experts while serving; returns when all layers are in place.
+
+        Raises ArtefactError or ConfigError, with everything as it was; RuntimeError while another swap is under way.
+        """
+        plan = await asyncio.to_thread(self._engine.plan_swap, path, ladder, replaces)
+        ended: asyncio.Future[None] = self._loop.create_future()
+
+        def end(error: Exception | None) -> None:
+            if not ended.done():
+                if error:
+                    ended.set_exception(error)
+                else:
+                    ended.set_result(None)
+
+        def begin() -> None:
+            try:
+                self._engine.swap_united(plan).on_end(lambda error: self._call_soon(end, error))
+            except RuntimeError as error:
+                self._call_soon(end, error)
+
+        self.check_health()
+        self._commands.put(begin)
+        await ended
+
     def stats(self) -> EngineStats:
         """The load after the newest step."""
         return self._stats

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
+from engine.moe.swap import SwapPlan, UnitedSwap, plan_swap
 from engine.pool.slots import ModelSlot, load_slot
 from engine.profile import profile_steps
 from engine.request_log import RequestLog
@@ -70,6 +72,7 @@ class Engine:
         self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
         self._held_outputs: list[RequestOutput] = []
         self._num_deliberate = 0  # requests that want more than the likeliest token
+        self._swap: UnitedSwap | None = None
         self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
         self._num_steps = self._num_tokens = self._num_preemptions = 0
@@ -86,9 +89,7 @@ class Engine:
             num_blocks=slot.kv.num_blocks,
             block_size=slot.kv.block_size,
             num_levels=len(slot.ladder),
-            ladder_measured=slot.ladder.measured,
-            level_names=slot.ladder.names,
-            level_loss=slot.ladder.losses,
+            **self._ladder_info(),
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             step_time_s_by_level=tuple(
@@ -102,7 +103,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would bring anything about."""
-        return bool(self._held_outputs) or (self._runner is not None and self.scheduler.has_work)
+        waiting = bool(self._held_outputs) or self._swap is not None
+        return waiting or (self._runner is not None and self.scheduler.has_work)
 
     def add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> None:
         """Queue a request. Raises InvalidRequestError or EngineBusyError; then nothing has changed.
@@ -129,6 +131,44 @@ class Engine:
         """Put a setting in force from the next step on, or renew its lease; False if a newer one is in force."""
         return self.brownout.apply(setting, self._clock())
 
+    # United experts
+
+    def plan_swap(self, path: str, ladder: str = "", replaces: int | None = None) -> SwapPlan:
+        """Check united experts for :meth:`swap_united`; any thread may. Raises ArtefactError or ConfigError."""
+        if self._runner is None:
+            raise RuntimeError("the engine has no model")
+        slot = self._runner.slot
+        return plan_swap(slot.dimming, self.config, slot.spec, path, ladder, replaces)
+
+    def swap_united(self, plan: SwapPlan | str) -> UnitedSwap:
+        """Replace united experts layer by layer between the coming steps; no request notices but by its quality.
+
+        ``plan``: a plan or the path of united experts, which is then checked first. Raises ArtefactError or ConfigError
+        with everything as it was, and RuntimeError while another swap is under way.
+        """
+        if self._runner is None or self._swap is not None:
+            raise RuntimeError("the engine has no model, or is swapping united experts already")
+        slot = self._runner.slot
+        plan = self.plan_swap(plan) if isinstance(plan, str) else plan
+        self._swap = UnitedSwap(plan, slot.dimming, slot.device)
+        return self._swap
+
+    def _advance_swap(self) -> None:
+        """A layer for each step; all of them while there is nothing else to do."""
+        while self._swap is not None:
+            idle = not self.scheduler.has_work
+            if self._swap.advance(wait=idle):
+                self._swap = None
+                self.info = replace(self.info, **self._ladder_info())
+            elif not idle:
+                return
+
+    def _ladder_info(self) -> dict[str, Any]:
+        """What ModelInfo says of the ladder."""
+        assert self._runner is not None
+        ladder = self._runner.slot.ladder
+        return {"ladder_measured": ladder.measured, "level_names": ladder.names, "level_loss": ladder.losses}
+
     # Residency
 
     def leave(self) -> ModelSlot:
@@ -152,6 +192,7 @@ class Engine:
         outputs, self._held_outputs = self._held_outputs, []
         if self._runner is None:
             return outputs
+        self._advance_swap()
         if self._under_way is not None and not self._may_overlap():
             outputs += self._finish_step()
         launched = self._launch_step(self._runner)

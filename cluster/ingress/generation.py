@@ -23,7 +23,7 @@ from cluster.ingress.tool_calls import ToolCallParser
 from cluster.ingress.visit import Visit
 from engine.types import RequestOutput
 
-LEVEL_HEADER = "x-brownout-level"
+LEVEL_HEADER, SHARE_HEADER, SETTING_HEADER = "x-brownout-level", "x-brownout-share", "x-brownout-setting"
 IGNORED_HEADER = "x-ignored-fields"
 MAX_IGNORED_NAMED = 32
 MAX_NAME_CHARACTERS = 64
@@ -85,7 +85,13 @@ class Generation:
         visit.note_answer(choices)
         answer = self._shape(visit, job, body).response(choices, usage)
         visit.leave(Outcome.OK)
-        return json_response(answer, headers={**headers, LEVEL_HEADER: str(usage["brownout"]["level_peak"])})
+        brownout = usage["brownout"]
+        told = {
+            LEVEL_HEADER: str(brownout["level_peak"]),
+            SHARE_HEADER: f"{brownout['dimmed_share']:.4f}",
+            SETTING_HEADER: str(brownout["setting_version"]),
+        }
+        return json_response(answer, headers={**headers, **told})
 
     async def _streamed(self, visit: Visit, job: Job, body: GenerationBody, headers: Mapping[str, str]) -> Response:
         outputs = self._outputs(visit, job)

@@ -25,7 +25,7 @@ class _SequenceBlocks:
     cursor: PrefixNode | None
     table: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens with KV
-    exact: bool = True  # none of that KV was computed dimmed
+    level: int = 0  # the highest at which any of that KV was computed
 
 
 class BlockManager:
@@ -80,7 +80,7 @@ class BlockManager:
             assert node.block_id is not None
             self._acquire(node.block_id)
             sequence.table.append(node.block_id)
-            sequence.exact = sequence.exact and node.exact
+            sequence.level = max(sequence.level, node.level)
         sequence.num_computed = len(chain) * self.block_size
         self._move_cursor(sequence, chain[-1] if chain else self._prefix.root)
         return sequence.num_computed
@@ -97,9 +97,9 @@ class BlockManager:
             table.append(block_id)
         return True
 
-    def commit(self, request_id: str, token_ids: Sequence[int], num_computed: int, dimmed: bool) -> None:
-        """Record that the sequence's first ``num_computed`` tokens have KV; those not recorded before were computed
-        ``dimmed`` or not. Blocks that became full enter the prefix index. Costs O(new tokens).
+    def commit(self, request_id: str, token_ids: Sequence[int], num_computed: int, level: int) -> None:
+        """Record that the sequence's first ``num_computed`` tokens have KV; those not recorded before were computed at
+        brownout ``level``. Blocks that became full enter the prefix index. Costs O(new tokens).
 
         ``token_ids`` are the sequence's tokens from its start. Raises ValueError if the count goes back, or beyond
         the tokens or the reserved blocks.
@@ -111,7 +111,7 @@ class BlockManager:
                 f"sequence {request_id}: num_computed must be in [{sequence.num_computed}, {limit}], got {num_computed}"
             )
         if num_computed > sequence.num_computed:
-            sequence.exact = sequence.exact and not dimmed
+            sequence.level = max(sequence.level, level)
         newly_full = range(sequence.num_computed // self.block_size, num_computed // self.block_size)
         sequence.num_computed = num_computed
         if sequence.cursor is None or not newly_full:
@@ -119,7 +119,7 @@ class BlockManager:
         node = sequence.cursor
         for index in newly_full:
             node = self._prefix.child(node, token_ids, index)
-            unregistered = self._prefix.register(node, sequence.table[index], sequence.exact)
+            unregistered = self._prefix.register(node, sequence.table[index], sequence.level)
             if unregistered is not None and unregistered in self._evictable:
                 del self._evictable[unregistered]
                 self._free.append(unregistered)
@@ -137,6 +137,10 @@ class BlockManager:
                 self._evictable[block_id] = None
             else:
                 self._free.append(block_id)
+
+    def level(self, request_id: str) -> int:
+        """The highest brownout level at which any of the sequence's KV was computed, reused KV included."""
+        return self._sequences[request_id].level
 
     def block_ids(self, request_id: str, first: int = 0) -> list[int]:
         """The sequence's block table from entry ``first`` on: entry i holds tokens [i, i + 1) * block_size."""

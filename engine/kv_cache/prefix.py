@@ -1,4 +1,4 @@
-"""The prefix index: which blocks hold the KV of which token prefix, and whether any of it was computed dimmed.
+"""The prefix index: which blocks hold the KV of which token prefix, and at which brownout level it was computed.
 
 A trie with one block of tokens per edge. A node stands for a whole prefix, so a match cannot be wrong: the tokens
 themselves are compared, block by block, and no two prefixes share a node as they could share a hash.
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 class PrefixNode:
     """One prefix of full blocks. It lives while it has a block, a longer prefix below it, or a sequence at it."""
 
-    __slots__ = ("block_id", "children", "exact", "num_pins", "parent", "tokens")
+    __slots__ = ("block_id", "children", "level", "num_pins", "parent", "tokens")
 
     def __init__(self, parent: PrefixNode | None, tokens: bytes) -> None:
         self.parent = parent
         self.tokens = tokens  # of the last block of the prefix, packed
         self.children: dict[bytes, PrefixNode] = {}
         self.block_id: int | None = None
-        self.exact = False  # the block and all before it were computed undimmed
+        self.level = 0  # the highest at which the block or any before it was computed
         self.num_pins = 0
 
     @property
@@ -48,7 +48,7 @@ class PrefixIndex:
         node = self.root
         for index in range(max_blocks):
             child = node.children.get(self._pack(token_ids, index))
-            if child is None or child.block_id is None or (exact_only and not child.exact):
+            if child is None or child.block_id is None or (exact_only and child.level > 0):
                 break
             chain.append(child)
             node = child
@@ -62,17 +62,17 @@ class PrefixIndex:
             child = node.children[tokens] = PrefixNode(node, tokens)
         return child
 
-    def register(self, node: PrefixNode, block_id: int, exact: bool) -> int | None:
-        """Offer ``block_id`` as the block of ``node``; the first one stays, but an exact one replaces a dimmed one.
+    def register(self, node: PrefixNode, block_id: int, level: int) -> int | None:
+        """Offer ``block_id`` as the block of ``node``; the first one stays, unless it was computed at a higher level.
 
         Returns the block that is now unregistered: the offered one, the replaced one, or None.
         """
         replaced = node.block_id
-        if replaced is not None and (node.exact or not exact):
+        if replaced is not None and node.level <= level:
             return block_id
         if replaced is not None:
             del self._node_of_block[replaced]
-        node.block_id, node.exact = block_id, exact
+        node.block_id, node.level = block_id, level
         self._node_of_block[block_id] = node
         return replaced
 

@@ -92,8 +92,8 @@ class Dimmer:
         self._cuts: tuple[bool, ...] = ()
         self.set_settings(settings)
 
-    def set_settings(self, settings: Sequence[DimSetting]) -> None:
-        """Put other settings in place, the first of them exact. Raises ConfigError; then nothing has changed."""
+    def check_settings(self, settings: Sequence[DimSetting]) -> None:
+        """Raises ConfigError for settings that this model or this engine cannot be dimmed by."""
         num_layers, num_experts = self.protected.shape
         if len(settings) > MAX_SETTINGS:
             raise ConfigError(f"brownout.ladder has {len(settings)} distinct settings; allowed: {MAX_SETTINGS}")
@@ -101,6 +101,10 @@ class Dimmer:
             setting.check(num_layers, num_experts, self.num_experts_per_token)
             if setting.kind is DimmerKind.SIMILAR and self.similarity is None:
                 raise ConfigError(f"level {setting.name} needs brownout.similarity, a file of expert similarities")
+
+    def set_settings(self, settings: Sequence[DimSetting]) -> None:
+        """Put other settings in place, the first of them exact. Raises ConfigError; then nothing has changed."""
+        self.check_settings(settings)
         for target, values in (
             (self.kind, [int(s.kind) for s in settings]),
             (self.way_row, [WAY_ROW[s.way] for s in settings]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,34 @@ class Dimming:
         dimmed = {layer: experts[layer] for layer, dimmer in enumerate(self.dimmers) if dimmer is not None}
         if not dimmed:
             return
-        dimmer = next(d for d in self.dimmers if d is not None)
-        self.table = UnitedTable(dimmed, dimmer.united_of)
+        self.table = UnitedTable(dimmed, self.dimmer.united_of)
         for way, source in self.united.items():
             self.table.make_room(way)
             for layer in dimmed:
                 self.table.load_layer(source, layer)
             logger.info("%d-way united experts loaded into %d layers", way, len(dimmed))
+
+    @property
+    def dimmer(self) -> Dimmer:
+        """The one that all dimmed layers share; only of a model that can dim."""
+        return next(dimmer for dimmer in self.dimmers if dimmer is not None)
+
+    def protect(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Experts (layer, expert) that no dimmer may touch from now on."""
+        for layer, expert in pairs:
+            self.dimmer.protected[layer, expert] = True
+
+    def adopt(self, source: UnitedLayers, ladder: Ladder) -> None:
+        """United experts that are in place now, and the ladder in force from the next step on."""
+        self.united[source.way] = source
+        self.dimmer.set_settings(ladder.settings)
+        self.ladder = ladder
+
+
+def dimming_digest(config: EngineConfig) -> str:
+    """Of the model that artefacts must belong to."""
+    seed = config.model.seed if config.model.load_format == "random" else None
+    return model_digest(Path(config.model.path), seed)
 
 
 def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Dimming:
@@ -59,7 +80,7 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
                 "dim; allowed: none"
             )
         return Dimming(Ladder.exact(), [None] * spec.num_layers, 0, {})
-    digest = model_digest(directory, config.model.seed if config.model.load_format == "random" else None)
+    digest = dimming_digest(config)
     united = _united_sources(brownout, spec, directory, digest)
     ladder = _choose_ladder(brownout, spec, directory, united, digest)
     if len(ladder) == 1:
@@ -74,7 +95,7 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
     num_united = max(brownout.united_rows or 0, rows_for(tuple(united), spec.num_experts))
     similarity = None
     if brownout.similarity:
-        similarity = read_similarity(_beside(brownout.similarity, directory), spec, digest)
+        similarity = read_similarity(path_beside(brownout.similarity, directory), spec, digest)
     dimmer = Dimmer(ladder.settings, num_united, protected, spec.num_experts_per_token, device, similarity)
     return Dimming(
         ladder, [dimmer if layer in dimmed else None for layer in range(spec.num_layers)], num_united, united
@@ -88,7 +109,7 @@ def _choose_ladder(
     kind = DimmerKind[brownout.dimmer.upper()]
     if kind is DimmerKind.EXACT or (kind in USES_UNITED and not united and not brownout.ladder):
         return Ladder.exact()
-    path = _beside(brownout.ladder or LADDER_FILE, directory)
+    path = path_beside(brownout.ladder or LADDER_FILE, directory)
     if brownout.ladder != DEFAULT_LADDER and path.exists():
         return check_ladder(read_ladder(path), path, united, digest, brownout.allow_unmeasured)
     if brownout.ladder and brownout.ladder != DEFAULT_LADDER:
@@ -130,7 +151,7 @@ def _united_sources(brownout: BrownoutConfig, spec: ModelSpec, directory: Path, 
         return {way: AverageUnited(way, spec.num_experts) for way in brownout.ways}
     sources: dict[int, UnitedLayers] = {}
     for path in brownout.united_paths:
-        artefact = UnitedArtefact(_beside(path, directory))
+        artefact = UnitedArtefact(path_beside(path, directory))
         artefact.check_fits(spec, digest, brownout.allowed_ways)
         if artefact.way in sources:
             raise ConfigError(f"brownout.united names two {artefact.way}-way builds; allowed: one for each way")
@@ -141,7 +162,7 @@ def _united_sources(brownout: BrownoutConfig, spec: ModelSpec, directory: Path, 
     return sources
 
 
-def _beside(path: str, model_directory: Path) -> Path:
+def path_beside(path: str, model_directory: Path) -> Path:
     """A relative path is looked up beside the model first."""
     given = Path(path).expanduser()
     candidates = (model_directory / given, given)

@@ -46,32 +46,43 @@ class UnitedTable:
     def layers(self) -> tuple[int, ...]:
         return tuple(self._experts)
 
+    def check_room(self, way: int, replaces: int | None = None) -> None:
+        """Raises ArtefactError unless :meth:`make_room` would succeed."""
+        self._place(way, replaces)
+
     def make_room(self, way: int, replaces: int | None = None) -> None:
         """Give ``way`` its rows, taking over those of the way it ``replaces``; its layers are empty until loaded.
 
         Raises ArtefactError if there is no room; then nothing has changed. A way that has its rows keeps them.
         """
+        start = self._place(way, replaces)
+        if replaces is not None and replaces in self._start:
+            self.forget(replaces)
+        self._start[way] = start
+
+    def forget(self, way: int) -> None:
+        """Give up a way's rows: nothing is dimmed by it any more."""
+        del self._start[way]
+        self._united_of[:, WAY_ROW[way]] = self._united_of[:, 0]
+
+    def _place(self, way: int, replaces: int | None) -> int:
+        """The first row that ``way`` has or would get."""
         if way in self._start:
-            return
+            return self._start[way]
         size = num_united(self._first_row, way)
-        taken = sorted(
-            (start, start + num_united(self._first_row, other))
-            for other, start in self._start.items()
-            if other != replaces
-        )
         start = self._first_row
-        for first, end in taken:
+        for other, first in sorted(self._start.items(), key=lambda item: item[1]):
+            if other == replaces:
+                continue
             if start + size <= first:
                 break
-            start = end
+            start = first + num_united(self._first_row, other)
         if start + size > self._end_row:
             raise ArtefactError(
                 f"{way}-way united experts need {size} rows of each layer's table, and fewer are free; "
-                "allowed: ways that are loaded, or a larger brownout.united_rows"
+                "allowed: a way that is loaded, in the place of one that is larger, or a larger brownout.united_rows"
             )
-        if replaces is not None and self._start.pop(replaces, None) is not None:
-            self._forget(replaces)
-        self._start[way] = start
+        return start
 
     def load_layer(self, source: UnitedLayers, layer: int) -> None:
         """Fill the rows of ``source.way`` in one layer. Raises ArtefactError; then the layer is as it was."""
@@ -83,10 +94,6 @@ class UnitedTable:
             gate_up, down = source.weights(layer, experts)
             for row, members in enumerate(groups, start=start):
                 mapped[list(members)] = row
-            experts.gate_up[start : start + len(groups)] = gate_up.to(experts.gate_up)
-            experts.down[start : start + len(groups)] = down.to(experts.down)
+            experts.gate_up[start : start + len(groups)].copy_(gate_up, non_blocking=True)
+            experts.down[start : start + len(groups)].copy_(down, non_blocking=True)
         map_.copy_(mapped)
-
-    def _forget(self, way: int) -> None:
-        united_of = self._united_of
-        united_of[:, WAY_ROW[way]] = united_of[:, 0]

@@ -155,7 +155,7 @@ class UnitedArtefact:
     def check_weights(self) -> None:
         """Read every layer once and keep none, so that loading cannot fail half-way. Raises ArtefactError."""
         for layer in self.manifest.layers:
-            self._read(layer)
+            self.read(layer)
 
     def groups(self, layer: int) -> tuple[tuple[int, ...], ...]:
         stored = self.manifest.layers.get(layer)
@@ -164,9 +164,10 @@ class UnitedArtefact:
         return tuple(() if bad else members for members, bad in zip(stored.groups, stored.do_not_use, strict=True))
 
     def weights(self, layer: int, experts: PackedExperts) -> tuple[Tensor, Tensor]:
-        return self._read(layer)
+        return self.read(layer)
 
-    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """gate_up [U, 2F, D] and down [U, D, F] of a layer that has any, checked. Raises ArtefactError."""
         manifest, path = self.manifest, layer_file(self.directory, layer)
         stored = manifest.layers[layer]
         width, size, count = manifest.hidden_size, manifest.expert_size, len(stored.groups)

@@ -171,8 +171,9 @@ class Scheduler:
             for item in items:
                 sequence = item.sequence
                 if sequence.admission == item.admission:  # else it ended or was preempted meanwhile
-                    dimmed = level > 0 and not sequence.exact
-                    self.blocks.commit(sequence.request_id, sequence.token_ids, item.start + item.num_tokens, dimmed)
+                    own_level = 0 if sequence.exact else level
+                    end = item.start + item.num_tokens
+                    self.blocks.commit(sequence.request_id, sequence.token_ids, end, own_level)
 
     def _order_queue(self, now_s: float) -> None:
         deadline_s = self._config.deadline_s
@@ -221,6 +222,7 @@ class Scheduler:
                 break
             self.waiting.pop()
             sequence.num_computed = num_cached
+            sequence.level_peak = max(sequence.level_peak, self.blocks.level(sequence.request_id))
             if sequence.admitted_s is None:
                 sequence.admitted_s = now_s
                 sequence.num_cached = num_cached

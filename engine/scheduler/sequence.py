@@ -33,7 +33,7 @@ class Sequence:
     last_token_s: float | None = None
     routed_pairs: int = 0
     dimmed_pairs: int = 0
-    level_peak: int = 0
+    level_peak: int = 0  # of its steps, and of those that computed what it reuses
     level_tokens: int = 0  # sum over computed tokens of their level
     computed_tokens: int = 0  # recomputation after preemption included
     setting_version: int = 0  # in force at its newest step

@@ -22,6 +22,7 @@ from cluster.processes import MARK, marked_pids
 from tests.e2e.conftest import MODEL
 from tests.e2e.waiting import until
 from tests.models import PROJECT_ROOT, write_config
+from tests.united import change_manifest, write_united
 
 TEST_MARK = "BROWNOUTSERVE_TEST"
 
@@ -193,3 +194,24 @@ def test_serve_ends_with_everything_it_started(
             process.wait(60)
     until(lambda: not marked_pids(mark, TEST_MARK))
     assert process.returncode == (0 if ending is signal.SIGINT else -signal.SIGKILL)
+
+
+def test_united_experts_are_swapped_on_every_replica(
+    mark: str, cluster: LocalCluster, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]
+) -> None:
+    model = Path(serve_document()["applications"][0]["args"]["model"]["path"])
+    build = write_united(tmp_path / "united-2", model, 2, random_seed=0)
+    address = ("--address", cluster.gcs_address)
+    before = httpx.post(f"{cluster.url}/v1/completions", json=COMPLETION, timeout=60).json()["choices"]
+    swapped = run(mark, "united", "swap", str(build), *address)
+    assert (swapped.returncode, swapped.stderr) == (0, "")
+    assert swapped.stdout.count("in place") == 2
+    assert httpx.post(f"{cluster.url}/v1/completions", json=COMPLETION, timeout=60).json()["choices"] == before
+    change_manifest(build, model_digest="0" * 64)
+    refused = run(mark, "united", "swap", str(build), *address)
+    assert refused.returncode == 1
+    assert refused.stdout.count("were built for the model 000000000000") == 2
+    assert refused.stderr == "brownoutserve: 2 of 2 replicas refused\n"
+
+
+COMPLETION = {"model": MODEL, "prompt": "The lamp burns", "max_tokens": 8, "temperature": 0}

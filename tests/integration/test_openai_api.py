@@ -298,6 +298,8 @@ async def test_every_answer_says_how_much_it_was_dimmed(client: httpx.AsyncClien
     assert dimmed["dimmed_share"] == dimmed["dimmed_pairs"] / dimmed["routed_pairs"] > 0
     assert dimmed["level_peak"] == peak and dimmed["level_mean"] > 0
     assert response.headers["x-brownout-level"] == str(peak)
+    assert response.headers["x-brownout-share"] == f"{dimmed['dimmed_share']:.4f}"
+    assert response.headers["x-brownout-setting"] == str(dimmed["setting_version"])
     for full in (full_by_header, full_by_body, full_by_loss):
         assert full.json()["usage"]["brownout"]["dimmed_pairs"] == 0
 

@@ -228,6 +228,30 @@ def test_a_dimmed_prefix_is_never_reused_by_a_full_class_request(model: str) -> 
     assert tokens(outputs["full"]) == exact
 
 
+def test_usage_tells_what_reused_kv_was_computed_at(model: str) -> None:
+    engine = make_engine(model, brownout=UNITED)
+    engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
+    run(engine, request("dimmed"))
+    engine.apply_setting(BrownoutSetting.pinned(0))
+    usage = run(engine, request("again"))["again"][-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 32
+    assert (usage.brownout.dimmed_pairs, usage.brownout.level_mean) == (0, 0)
+    assert usage.brownout.level_peak == TOP_LEVEL
+
+
+def test_usages_add_up_to_the_engines_counters(model: str) -> None:
+    engine = make_engine(model, brownout=UNITED)
+    engine.apply_setting(BrownoutSetting.pinned(1))
+    classes = (ServiceClass.STANDARD, ServiceClass.FULL, ServiceClass.STANDARD)
+    outputs = run(engine, *(request(f"r{i}", service_class=c) for i, c in enumerate(classes)))
+    usages = [stream[-1].usage for stream in outputs.values()]
+    totals = engine.recorder.totals()
+    assert sum(u.brownout.dimmed_pairs for u in usages if u is not None) == totals.dimmed_pairs > 0
+    assert sum(u.brownout.routed_pairs for u in usages if u is not None) == totals.routed_pairs
+    assert engine.recorder.drain(engine.stats(), 1.0).dimmed_pairs == totals.dimmed_pairs
+
+
 def test_an_unmeasured_ladder_is_not_climbed_unless_allowed_by_name(model: str) -> None:
     unmeasured = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, profile_repeats=0)
     engine = make_engine(model, brownout=unmeasured)
@@ -252,7 +276,7 @@ def test_settings_are_ordered_and_leased(model: str) -> None:
     assert engine.stats().lease_expired
     usage = run(engine, request("b"))["b"][-1].usage
     assert usage is not None
-    assert usage.brownout.level_peak == 0  # the SLO needs no dimming here, so the safe policy does none
+    assert usage.brownout.dimmed_pairs == 0  # the SLO needs no dimming here, so the safe policy does none
     assert engine.apply_setting(newer)  # a renewal
     assert not engine.stats().lease_expired
 

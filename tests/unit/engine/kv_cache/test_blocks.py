@@ -20,14 +20,14 @@ class Sequence:
         self.token_ids = token_ids
         self.num_computed = num_computed
         self.exact_only = exact_only
-        self.dimmed = False
+        self.level = 0
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.memory: dict[tuple[int, int], tuple[tuple[int, ...], bool]] = {}  # (block, offset) -> (prefix, dimmed)
+        self.memory: dict[tuple[int, int], tuple[tuple[int, ...], int]] = {}  # (block, offset) -> (prefix, level)
         self.live: dict[str, Sequence] = {}
         self.num_started = 0
 
@@ -43,10 +43,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert num_cached < len(token_ids)
         sequence = self.live[request_id] = Sequence(list(token_ids), num_cached, exact_only)
         for position in range(num_cached):
-            prefix, dimmed = self.memory[self.slot(request_id, position)]
+            prefix, level = self.memory[self.slot(request_id, position)]
             assert prefix == tuple(token_ids[: position + 1])
-            assert not (exact_only and dimmed)
-            sequence.dimmed |= dimmed
+            assert not (exact_only and level)
+            sequence.level = max(sequence.level, level)
+        assert self.manager.level(request_id) == sequence.level
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), num_tokens=st.integers(0, 26))
@@ -62,18 +63,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert 0 not in after
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), num_new=st.integers(0, 5), dimmed=st.booleans(), new_token=st.integers(0, 1))
-    def commit(self, data, num_new, dimmed, new_token):
+    @rule(data=st.data(), num_new=st.integers(0, 5), level=st.integers(0, 2), new_token=st.integers(0, 1))
+    def commit(self, data, num_new, level, new_token):
         request_id = data.draw(st.sampled_from(sorted(self.live)))
         sequence = self.live[request_id]
         capacity = len(self.manager.block_ids(request_id)) * BLOCK_SIZE
         num_computed = min(sequence.num_computed + num_new, len(sequence.token_ids), capacity)
-        dimmed = dimmed and not sequence.exact_only
-        sequence.dimmed |= dimmed and num_computed > sequence.num_computed
+        level = 0 if sequence.exact_only else level
+        if num_computed > sequence.num_computed:
+            sequence.level = max(sequence.level, level)
         for position in range(sequence.num_computed, num_computed):
             prefix = tuple(sequence.token_ids[: position + 1])
-            self.memory[self.slot(request_id, position)] = (prefix, sequence.dimmed)
-        self.manager.commit(request_id, sequence.token_ids, num_computed, dimmed)
+            self.memory[self.slot(request_id, position)] = (prefix, sequence.level)
+        self.manager.commit(request_id, sequence.token_ids, num_computed, level)
         sequence.num_computed = num_computed
         if num_computed == len(sequence.token_ids):
             sequence.token_ids.append(new_token)
@@ -101,9 +103,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def nobody_overwrote_a_live_sequence(self):
         for request_id, sequence in self.live.items():
             for position in range(sequence.num_computed):
-                prefix, dimmed = self.memory[self.slot(request_id, position)]
+                prefix, level = self.memory[self.slot(request_id, position)]
                 assert prefix == tuple(sequence.token_ids[: position + 1])
-                assert not (sequence.exact_only and dimmed)
+                assert not (sequence.exact_only and level)
+            assert self.manager.level(request_id) == sequence.level
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
@@ -115,11 +118,11 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=9, block_size=4)
 
 
-def run(manager: BlockManager, request_id: str, token_ids: list[int], dimmed: bool = False, **start) -> int:
+def run(manager: BlockManager, request_id: str, token_ids: list[int], level: int = 0, **start) -> int:
     """Open a sequence and compute all of it; returns its cached tokens."""
     num_cached = manager.start(request_id, token_ids, start.get("exact_only", False))
     assert manager.reserve(request_id, len(token_ids))
-    manager.commit(request_id, token_ids, len(token_ids), dimmed)
+    manager.commit(request_id, token_ids, len(token_ids), level)
     manager.check_invariants()
     return num_cached
 
@@ -141,7 +144,7 @@ def test_generated_tokens_are_reused_too(manager):
     for token in (6, 7, 8):
         tokens.append(token)
         manager.reserve("a", len(tokens))
-        manager.commit("a", tokens, len(tokens), dimmed=False)
+        manager.commit("a", tokens, len(tokens), level=0)
     manager.free("a")
     assert manager.start("b", tokens, exact_only=False) == 8
 
@@ -150,23 +153,24 @@ def test_one_dimmed_token_taints_its_block_and_all_after_it(manager):
     tokens = list(range(13))
     manager.start("a", tokens, exact_only=False)
     manager.reserve("a", 13)
-    for num_computed, dimmed in [(5, False), (6, True), (13, False)]:
-        manager.commit("a", tokens, num_computed, dimmed)
+    for num_computed, level in [(5, 0), (6, 2), (13, 1)]:
+        manager.commit("a", tokens, num_computed, level)
+    assert manager.level("a") == 2
     assert manager.start("full", tokens, exact_only=True) == 4
     assert manager.start("standard", tokens, exact_only=False) == 12
 
 
 def test_blocks_after_a_reused_dimmed_block_are_dimmed(manager):
-    run(manager, "a", list(range(5)), dimmed=True)
-    assert run(manager, "b", list(range(9)), dimmed=False) == 4
+    run(manager, "a", list(range(5)), level=2)
+    assert run(manager, "b", list(range(9)), level=0) == 4
     manager.free("a")
     manager.free("b")
     assert manager.start("full", list(range(10)), exact_only=True) == 0
 
 
 def test_a_tail_computed_after_a_dimmed_head_stays_dimmed_when_an_exact_head_replaces_it(manager):
-    run(manager, "dimmed head", list(range(5)), dimmed=True)
-    assert run(manager, "tail", list(range(9)), dimmed=False) == 4
+    run(manager, "dimmed head", list(range(5)), level=2)
+    assert run(manager, "tail", list(range(9)), level=0) == 4
     assert run(manager, "exact head", list(range(5)), exact_only=True) == 0
     assert manager.start("full", list(range(9)), exact_only=True) == 4
     assert manager.start("standard", list(range(9)), exact_only=False) == 8
@@ -174,7 +178,7 @@ def test_a_tail_computed_after_a_dimmed_head_stays_dimmed_when_an_exact_head_rep
 
 def test_an_exact_block_takes_the_place_of_a_dimmed_one(manager):
     tokens = list(range(5))
-    run(manager, "a", tokens, dimmed=True)
+    run(manager, "a", tokens, level=2)
     manager.free("a")
     assert run(manager, "b", tokens, exact_only=True) == 0
     assert manager.num_cached == 1
@@ -185,9 +189,9 @@ def test_an_exact_block_takes_the_place_of_a_dimmed_one(manager):
 def test_an_empty_commit_taints_nothing(manager):
     tokens = list(range(9))
     run(manager, "a", tokens[:4])
-    manager.commit("a", tokens, 4, dimmed=True)
+    manager.commit("a", tokens, 4, level=2)
     manager.reserve("a", 9)
-    manager.commit("a", tokens, 9, dimmed=False)
+    manager.commit("a", tokens, 9, level=0)
     assert manager.start("full", tokens, exact_only=True) == 8
 
 
@@ -233,7 +237,7 @@ def test_a_live_sequence_registers_nothing_after_clear(manager):
     run(manager, "a", tokens[:5])
     manager.clear_prefix()
     manager.reserve("a", 9)
-    manager.commit("a", tokens, 9, dimmed=False)
+    manager.commit("a", tokens, 9, level=0)
     assert manager.num_cached == 0
     manager.free("a")
     assert manager.num_free == 8
@@ -259,9 +263,9 @@ def test_misuse_is_refused(manager):
         manager.start("a", [1], exact_only=False)
     for num_computed in (4, 6):
         with pytest.raises(ValueError, match=r"num_computed must be in \[5, 5\]"):
-            manager.commit("a", list(range(5)), num_computed, dimmed=False)
+            manager.commit("a", list(range(5)), num_computed, level=0)
     with pytest.raises(ValueError, match=r"must be in \[5, 8\]"):
-        manager.commit("a", list(range(20)), 9, dimmed=False)
+        manager.commit("a", list(range(20)), 9, level=0)
     with pytest.raises(KeyError):
         manager.free("b")
     manager.check_invariants()

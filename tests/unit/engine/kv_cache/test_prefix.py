@@ -12,11 +12,11 @@ def index() -> PrefixIndex:
     return PrefixIndex(block_size=2)
 
 
-def register_chain(index: PrefixIndex, tokens: list[int], blocks: list[tuple[int, bool]]) -> list[PrefixNode]:
+def register_chain(index: PrefixIndex, tokens: list[int], blocks: list[tuple[int, int]]) -> list[PrefixNode]:
     nodes = [index.root]
-    for i, (block_id, exact) in enumerate(blocks):
+    for i, (block_id, level) in enumerate(blocks):
         nodes.append(index.child(nodes[-1], tokens, i))
-        index.register(nodes[-1], block_id, exact)
+        index.register(nodes[-1], block_id, level)
     return nodes[1:]
 
 
@@ -25,7 +25,7 @@ def matched_blocks(index: PrefixIndex, tokens: list[int], max_blocks: int = 9, e
 
 
 def test_longest_chain(index):
-    register_chain(index, TOKENS, [(7, True), (8, True), (9, True)])
+    register_chain(index, TOKENS, [(7, 0), (8, 0), (9, 0)])
     assert matched_blocks(index, TOKENS) == [7, 8, 9]
     assert matched_blocks(index, TOKENS, max_blocks=2) == [7, 8]
     assert matched_blocks(index, [1, 2, 3, 0, 5, 6]) == [7]
@@ -33,18 +33,17 @@ def test_longest_chain(index):
 
 
 def test_exact_only_ends_at_the_first_dimmed_block(index):
-    register_chain(index, TOKENS, [(7, True), (8, False), (9, False)])
+    register_chain(index, TOKENS, [(7, 0), (8, 2), (9, 2)])
     assert matched_blocks(index, TOKENS) == [7, 8, 9]
     assert matched_blocks(index, TOKENS, exact_only=True) == [7]
 
 
 @pytest.mark.parametrize(
-    ("first_exact", "second_exact", "unregistered"),
-    [(True, True, 8), (True, False, 8), (False, False, 8), (False, True, 7)],
+    ("first_level", "second_level", "unregistered"), [(0, 0, 8), (0, 2, 8), (2, 2, 8), (2, 0, 7), (3, 2, 7), (2, 3, 8)]
 )
-def test_second_block_of_one_prefix(index, first_exact, second_exact, unregistered):
-    (node,) = register_chain(index, TOKENS, [(7, first_exact)])
-    assert index.register(node, 8, second_exact) == unregistered
+def test_second_block_of_one_prefix(index, first_level, second_level, unregistered):
+    (node,) = register_chain(index, TOKENS, [(7, first_level)])
+    assert index.register(node, 8, second_level) == unregistered
     kept = 15 - unregistered
     assert matched_blocks(index, TOKENS) == [kept]
     assert kept in index
@@ -53,15 +52,15 @@ def test_second_block_of_one_prefix(index, first_exact, second_exact, unregister
 
 
 def test_a_chain_is_found_again_when_its_missing_head_returns(index):
-    head, _ = register_chain(index, TOKENS, [(7, True), (8, True)])
+    head, _ = register_chain(index, TOKENS, [(7, 0), (8, 0)])
     index.unregister(7)
     assert matched_blocks(index, TOKENS) == []
-    assert index.register(head, 9, True) is None
+    assert index.register(head, 9, 0) is None
     assert matched_blocks(index, TOKENS) == [9, 8]
 
 
 def test_unneeded_nodes_go_away(index):
-    nodes = register_chain(index, TOKENS, [(7, True), (8, True), (9, True)])
+    nodes = register_chain(index, TOKENS, [(7, 0), (8, 0), (9, 0)])
     index.pin(nodes[1])
     index.unregister(7)
     index.unregister(9)
@@ -74,7 +73,7 @@ def test_unneeded_nodes_go_away(index):
 
 
 def test_clear(index):
-    register_chain(index, TOKENS, [(7, True)])
+    register_chain(index, TOKENS, [(7, 0)])
     index.clear()
     assert matched_blocks(index, TOKENS) == []
     assert 7 not in index

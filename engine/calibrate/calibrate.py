@@ -1,0 +1,222 @@
+"""Builds a model's ladder: measures candidate settings, keeps those that no other beats, aligns them into levels.
+
+First all losses, on the plain torch kernels, then all step times, on the kernels that serve. Every measurement is
+written down at once; a calibration that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.calibrate.candidates import StepSize, candidates, step_sizes, top_k_allocations
+from engine.calibrate.cost import StepTimer
+from engine.calibrate.frontier import align_levels, pareto_front
+from engine.calibrate.profile import PROFILE_FILE, ProfileRow, QualityProfile
+from engine.calibrate.quality import PASS_TOKENS, QualityMeter
+from engine.config import (
+    AVERAGE,
+    DEFAULT_LADDER,
+    BrownoutConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    require,
+)
+from engine.moe.ladder import LADDER_FILE, Bucket, Ladder, Provenance
+from engine.moe.settings import DimmerKind, DimSetting
+from engine.pool.slots import ModelSlot, load_slot
+from engine.unite.calibration import sequences_digest
+from engine.weights.digest import model_digest
+
+KINDS = (DimmerKind.UNITED, DimmerKind.PIGGYBACK, DimmerKind.TOPK)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """``max_loss``: the strongest level's budget, nats per token. ``kinds``: dimmers to try."""
+
+    united: tuple[str, ...] = ()  # as brownout.united
+    similarity: str = ""
+    decode_sizes: tuple[int, ...] = (8, 32, 128)
+    prefill_sizes: tuple[int, ...] = (2048,)
+    kinds: tuple[DimmerKind, ...] = KINDS
+    exempt_first: int = 2
+    exempt_last: int = 2
+    num_levels: int = 10
+    max_loss: float = 0.3
+    repeats: int = 5
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.decode_sizes) and min(self.decode_sizes) >= 1, "--decode", self.decode_sizes, "1 or more rows"
+        )
+        require(
+            bool(self.prefill_sizes) and min(self.prefill_sizes) >= 1,
+            "--prefill",
+            self.prefill_sizes,
+            "1 or more tokens",
+        )
+        require(2 <= self.num_levels <= 32, "--levels", self.num_levels, "2 to 32")
+        require(self.max_loss > 0, "--max-loss", self.max_loss, "a positive number of nats")
+        require(self.repeats >= 1, "--repeats", self.repeats, "1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One measurement is done."""
+
+    num_done: int
+    num_total: int
+    said: str
+
+
+@dataclass(slots=True)
+class Calibration:
+    """What one run measures, and where it writes."""
+
+    model: ModelConfig
+    sequences: Tensor  # [S, T], held out
+    directory: Path
+    options: CalibrateOptions
+    details: dict[str, Any] = field(default_factory=dict)  # for the ladder's provenance: text, command
+    on_progress: Callable[[Progress], None] = lambda progress: None
+
+    def run(self) -> Ladder:
+        """Writes ladder.json and quality_profile.json. Raises ConfigError or CheckpointError."""
+        sizes = step_sizes(self.options.decode_sizes, self.options.prefill_sizes)
+        slot = self._load("torch")
+        digest = model_digest(Path(self.model.path))
+        united = {way: source.digest for way, source in slot.dimming.united.items()}
+        profile = QualityProfile.open(self.directory / PROFILE_FILE, self._key(slot, digest, united))
+        self._measure_losses(slot, sizes, profile)
+        if slot.device.type == "cuda":
+            del slot
+            torch.cuda.empty_cache()
+            slot = self._load("auto")
+        self._measure_times(slot, sizes, profile)
+        fronts = {size: pareto_front([row.level for row in profile.of(size).values()]) for size in sizes}
+        levels = align_levels(fronts, self.options.num_levels, self.options.max_loss)
+        ladder = Ladder(
+            tuple(Bucket(size.phase, size.max_tokens, levels[size]) for size in sizes),
+            Provenance(digest, united, dict(profile.key) | self.details),
+        )
+        ladder.write(self.directory / LADDER_FILE)
+        return ladder
+
+    def _key(self, slot: ModelSlot, digest: str, united: dict[int, str]) -> dict[str, Any]:
+        card = torch.cuda.get_device_name(slot.device) if slot.device.type == "cuda" else "cpu"
+        return {
+            "model_digest": digest,
+            "united": {str(way): build for way, build in united.items()},
+            "text_digest": sequences_digest(self.sequences),
+            "num_sequences": self.sequences.shape[0],
+            "num_tokens": self.sequences.shape[1],
+            "exempt": [self.options.exempt_first, self.options.exempt_last],
+            "device": card,
+            "torch": torch.__version__,
+        }
+
+    def _measure_losses(self, slot: ModelSlot, sizes: Sequence[StepSize], profile: QualityProfile) -> None:
+        meter = QualityMeter(slot, self.sequences)
+        kinds, top_k = self.options.kinds, slot.spec.num_experts_per_token
+        cuts = [(layer, k) for layer in meter.layers for k in range(1, top_k)] if DimmerKind.TOPK in kinds else []
+        for layer, k in self._remaining(
+            cuts, [(layer, k) for layer, k in cuts if f"{layer}/{k}" in profile.sensitivity]
+        ):
+            one_layer = tuple(k if index == layer else top_k for index in range(slot.spec.num_layers))
+            quality = meter.measure(DimSetting(DimmerKind.TOPK, top_k=one_layer), sizes[-1])
+            profile.sensitivity[f"{layer}/{k}"] = quality.loss
+            self._done(profile, f"layer {layer} with {k} of {top_k} experts: loss {quality.loss:.4f}")
+        allocations = []
+        if cuts:
+            losses = [
+                [max(profile.sensitivity[f"{layer}/{k}"], 0.0) for k in range(1, top_k)] + [0.0]
+                for layer in meter.layers
+            ]
+            allocations = top_k_allocations(losses, meter.layers, slot.spec.num_layers, top_k)
+        ways = tuple(slot.dimming.united)
+        work = [
+            (size, setting)
+            for size in sizes
+            for setting in dict.fromkeys(candidates(size, ways, slot.spec.num_experts, top_k, allocations, kinds))
+        ]
+        for size, setting in self._remaining(work, [(s, c) for s, c in work if c in profile.of(s)]):
+            row = _same_at_any_size(setting, profile)
+            if row is None:
+                quality = meter.measure(setting, size)
+                row = ProfileRow(setting, quality.loss, quality.se, quality.kl, quality.experts, quality.exact_experts)
+            profile.of(size)[setting] = row
+            said = f"{size.name}, {setting.name}: loss {row.loss:.4f} +- {row.se:.4f}, {row.experts:.1f} experts"
+            self._done(profile, said)
+
+    def _measure_times(self, slot: ModelSlot, sizes: Sequence[StepSize], profile: QualityProfile) -> None:
+        timer = StepTimer(slot, self.sequences, self.options.repeats)
+        work = [(size, row) for size in sizes for row in profile.of(size).values()]
+        for size, row in self._remaining(work, [(s, r) for s, r in work if r.step_frac is not None]):
+            frac = timer.step_frac(row.setting, size)
+            profile.of(size)[row.setting] = replace(row, step_frac=frac)
+            self._done(profile, f"{size.name}, {row.setting.name}: {frac:.3f} of the step time")
+
+    def _remaining(self, work: Sequence[Any], done: Sequence[Any]) -> Iterator[Any]:
+        """The work not done yet; tells the progress of all of it."""
+        self._num_done, self._num_total = len(done), len(work)
+        for item in work:
+            if item not in done:
+                self._num_done += 1
+                yield item
+
+    _num_done: int = 0
+    _num_total: int = 0
+
+    def _done(self, profile: QualityProfile, said: str) -> None:
+        profile.write(self.directory / PROFILE_FILE)
+        self.on_progress(Progress(self._num_done, self._num_total, said))
+
+    def _load(self, kernels: str) -> ModelSlot:
+        """The model with every united build, and KV blocks for one pass of the text."""
+        options, cache = self.options, CacheConfig()
+        num_tokens = self.sequences.shape[1]
+        max_rows = max(options.decode_sizes)
+        max_tokens = max(*options.prefill_sizes, max_rows * num_tokens, PASS_TOKENS) + num_tokens
+        num_blocks = -(-max_tokens // num_tokens) * -(-num_tokens // cache.block_size) + 1
+        brownout = BrownoutConfig(
+            united=options.united or AVERAGE,
+            dimmer="topk",
+            similarity=options.similarity,
+            ladder=DEFAULT_LADDER,
+            exempt_first=options.exempt_first,
+            exempt_last=options.exempt_last,
+            allow_unmeasured=True,
+        )
+        num_prompts = -(-max(options.prefill_sizes) // num_tokens)
+        scheduler = SchedulerConfig(
+            max_num_seqs=max(max_rows, num_prompts),
+            max_num_batched_tokens=max(max_rows * num_tokens, num_prompts * num_tokens),
+        )
+        return load_slot(
+            EngineConfig(
+                self.model,
+                CacheConfig(num_blocks=num_blocks, prefix_caching=False),
+                scheduler,
+                brownout=brownout,
+                device=options.device,
+                kernels=kernels,
+                cuda_graphs=kernels != "torch",
+            )
+        )
+
+
+def _same_at_any_size(setting: DimSetting, profile: QualityProfile) -> ProfileRow | None:
+    """What fewer experts per token lose does not depend on the step; how long it takes does."""
+    if setting.kind is not DimmerKind.TOPK:
+        return None
+    measured = next((rows[setting] for rows in profile.rows.values() if setting in rows), None)
+    return None if measured is None else replace(measured, step_frac=None)
