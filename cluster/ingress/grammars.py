@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from llguidance import LLMatcher, StructTag
 
@@ -24,7 +24,11 @@ from cluster.ingress.chat_schemas import ChatBody, JsonObjectFormat, JsonSchemaF
 from cluster.ingress.errors import ApiError, Outcome
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"  # bounded: models that are unsure may else write spaces for ever
+# Bounded: models that are unsure may else write spaces for ever.
+ANSWER_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+CALL_WHITESPACE = r"\x20"  # as the models are trained to write calls
+DATA_KEYWORDS = {"const", "enum", "default", "examples"}  # what they hold is no schema
+OPEN_KEYWORDS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -43,8 +47,9 @@ def chat_grammar(body: ChatBody) -> str | None:
         either = f"start: calls | answer\nanswer: %json {json.dumps(schema)}\n"
         return LLMatcher.grammar_from_lark(either + _calls_lark(offered, _many(body)))
     if any(tool.function.strict for tool in offered):
-        call = {"anyOf": [_call_schema(tool) for tool in offered]} if len(offered) > 1 else _call_schema(offered[0])
-        tag = StructTag(trigger=CALL_BEGIN, begin=f"{CALL_BEGIN}\n", grammar=_hoisted(call), end=f"\n{CALL_END}")
+        strict = all(tool.function.strict for tool in offered)
+        calls = _hoisted({"anyOf": [_call_schema(tool) for tool in offered]}) | _options(strict, CALL_WHITESPACE)
+        tag = StructTag(trigger=CALL_BEGIN, begin=f"{CALL_BEGIN}\n", grammar=calls, end=f"\n{CALL_END}")
         return LLMatcher.grammar_from_lark(StructTag.to_grammar([tag], assume_special=False))
     return None
 
@@ -66,14 +71,14 @@ def _calls_lark(tools: Sequence[Tool], many: bool) -> str:
 def _call_schema(tool: Tool) -> dict[str, Any]:
     """Of the object between the marks; the name comes first, so that it can be streamed before the arguments."""
     function = tool.function
-    parameters = function.parameters or NO_PARAMETERS
+    parameters = _closed(function.parameters or NO_PARAMETERS)
     schema = {
         "type": "object",
         "properties": {"name": {"const": function.name}, "arguments": parameters},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-    return _hoisted(schema, parameters) | _options(bool(function.strict))
+    return _hoisted(schema, parameters) | _options(bool(function.strict), CALL_WHITESPACE)
 
 
 def _hoisted(schema: dict[str, Any], *parts: dict[str, Any]) -> dict[str, Any]:
@@ -90,16 +95,35 @@ def _hoisted(schema: dict[str, Any], *parts: dict[str, Any]) -> dict[str, Any]:
 def _answer_schema(body: ChatBody) -> dict[str, Any] | None:
     match body.response_format:
         case JsonObjectFormat():
-            return {"type": "object"} | _options(strict=True)
+            return {"type": "object"} | _options(True, ANSWER_WHITESPACE)
         case JsonSchemaFormat(json_schema=wanted):
-            return wanted.schema_ | _options(bool(wanted.strict))
+            return _closed(wanted.schema_) | _options(bool(wanted.strict), ANSWER_WHITESPACE)
         case _:
             return None
 
 
-def _options(strict: bool) -> dict[str, Any]:
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """``schema`` with objects that hold the properties they list and no others, unless they say otherwise.
+
+    Left to itself a model may add properties for ever. With allOf, parts list different properties of one object.
+    """
+    return schema if '"allOf":' in json.dumps(schema) else cast(dict[str, Any], _close(schema))
+
+
+def _close(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_close(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    closed = {key: value if key in DATA_KEYWORDS else _close(value) for key, value in part.items()}
+    if isinstance(part.get("properties"), dict) and "type" in part and not OPEN_KEYWORDS & part.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _options(strict: bool, whitespace: str) -> dict[str, Any]:
     """Of the library: a schema that is not strict may use keywords that it cannot enforce."""
-    return {"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": not strict}}
+    return {"x-guidance": {"whitespace_pattern": whitespace, "lenient": not strict}}
 
 
 def _check(schema: dict[str, Any], what: str, param: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -197,10 +198,10 @@ def parse_body(kind: type[AnyBody], raw: bytes, **defaults: Any) -> AnyBody:
             raw = json.dumps({**defaults, **json.loads(raw)}).encode()
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, raw) from error
 
 
-def _invalid(error: ValidationError) -> ApiError:
+def _invalid(error: ValidationError, raw: bytes) -> ApiError:
     mistake = error.errors(include_url=False, include_context=False)[0]
     if mistake["type"] == "json_invalid":
         return ApiError(
@@ -208,7 +209,7 @@ def _invalid(error: ValidationError) -> ApiError:
         )
     if not mistake["loc"]:
         return ApiError(Outcome.INVALID, "the request body must be a JSON object")
-    param = ".".join(str(part) for part in mistake["loc"])
+    param = ".".join(_keys(mistake["loc"], json.loads(raw), mistake["type"] == "missing"))
     reason = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "missing":
         reason = "is required"
@@ -217,6 +218,21 @@ def _invalid(error: ValidationError) -> ApiError:
     elif reason.startswith("Input should be "):
         reason = "must be " + reason.removeprefix("Input should be ")
     return ApiError(Outcome.INVALID, f"{param} {reason[0].lower()}{reason[1:]}", param)
+
+
+def _keys(location: Sequence[str | int], content: Any, is_missing: bool) -> list[str]:
+    """The part of pydantic's ``location`` that the client wrote; the rest names members of unions.
+
+    The last key of a missing field is no part of ``content``.
+    """
+    keys = []
+    for number, part in enumerate(location, 1):
+        if (isinstance(content, dict) and part in content) or (isinstance(content, list) and isinstance(part, int)):
+            content = content[part]  # type: ignore[index]  # a key of the one or a place in the other
+            keys.append(str(part))
+        elif is_missing and number == len(location):
+            keys.append(str(part))
+    return keys
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:

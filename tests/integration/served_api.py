@@ -19,7 +19,7 @@ from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
 from tests.integration.in_process_backend import InProcessBackend
 
 MODEL = "tiny"
-CONTEXT_TOKENS = 512
+CONTEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from cluster.config import IngressSection
-from tests.integration.served_api import MODEL, ServedApi, engine_config, serve
+from tests.integration.served_api import CONTEXT_TOKENS, MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
 
 NUM_EXAMPLES = 30  # for each operation
@@ -32,7 +32,7 @@ CHECKS = [status_code_conformance, content_type_conformance, response_schema_con
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedApi]:
-    path = write_config(tmp_path_factory.mktemp("models") / MODEL)
+    path = write_config(tmp_path_factory.mktemp("models") / MODEL, max_position_embeddings=CONTEXT_TOKENS)
     with serve(engine_config(path), IngressSection(max_body_bytes=64 * 1024)) as api:
         yield api
 

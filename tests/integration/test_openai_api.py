@@ -188,15 +188,96 @@ async def test_prompt_as_token_ids_and_echo(api: openai.AsyncOpenAI, engine: Asy
     assert echoed.choices[0].text == COMPLETION["prompt"] + plain.choices[0].text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_logprobs_scores_the_prompt(api: openai.AsyncOpenAI, engine: AsyncEngine, stream: bool) -> None:
+    """max_tokens 0 asks for nothing else; the tokens and their probabilities do not depend on what follows."""
+    ids = engine.tokenizer.encode(COMPLETION["prompt"])
+    found = []
+    for max_tokens in (0, 3):
+        body = {**COMPLETION, "prompt": [ids, [5]], "max_tokens": max_tokens, "echo": True, "logprobs": 2}
+        answer = await api.completions.create(**body, stream=stream)
+        choices = [c async for chunk in answer for c in chunk.choices] if stream else answer.choices
+        scored = [[c for c in choices if c.index == index and c.logprobs] for index in (0, 1)]
+        tokens = [[t for c in of_one for t in c.logprobs.tokens] for of_one in scored]
+        assert [len(of_one) for of_one in tokens] == [len(ids) + max_tokens, 1 + max_tokens]
+        assert "".join(tokens[0][: len(ids)]) == COMPLETION["prompt"]
+        logprobs = [p for c in scored[0] for p in c.logprobs.token_logprobs]
+        tops = [t for c in scored[0] for t in c.logprobs.top_logprobs]
+        assert logprobs[0] is None and tops[0] is None
+        for token, logprob, top in zip(tokens[0][1:], logprobs[1:], tops[1:], strict=True):
+            assert top[token] == logprob <= 0
+        assert choices[-1].finish_reason == "length"
+        found.append(logprobs[: len(ids)])
+        if not stream:
+            assert answer.usage.completion_tokens == 2 * max_tokens
+            assert answer.choices[0].text.startswith(COMPLETION["prompt"])
+            assert (answer.choices[0].text == COMPLETION["prompt"]) is (max_tokens == 0)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+async def test_choices_share_a_long_prompt(api: openai.AsyncOpenAI, engine: AsyncEngine) -> None:
+    prompt = [7 + number for number in range(100)]
+    before = engine.stats().num_tokens
+    answer = await api.completions.create(**{**COMPLETION, "prompt": prompt, "max_tokens": 4}, n=4)
+    assert len({choice.text for choice in answer.choices}) == 1
+    assert answer.usage.prompt_tokens == 100
+    assert engine.stats().num_tokens - before < 200  # 100 for the first, 4 each for the others' last block
+
+
+async def test_continuous_usage(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await post(client, "completions", {**COMPLETION, "stream": True, "stream_options": options})
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts) and counts[-2:] == [8, 8]
+
+
+async def test_priority_and_template_variables_are_taken(client: httpx.AsyncClient) -> None:
+    body = {**CHAT, "priority": -3, "chat_template_kwargs": {"enable_thinking": False}, "add_generation_prompt": True}
+    response = await post(client, "chat/completions", body)
+    assert response.status_code == 200
+    assert "x-ignored-fields" not in response.headers
+
+
 async def test_content_parts_are_joined(api: openai.AsyncOpenAI) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     joined = await api.chat.completions.create(**{**CHAT, "messages": [{"role": "user", "content": parts}]})
     assert joined.choices[0].message.content == (await api.chat.completions.create(**CHAT)).choices[0].message.content
 
 
-async def test_unknown_fields_are_accepted(client: httpx.AsyncClient) -> None:
-    response = await post(client, "completions", {**COMPLETION, "user": "me", "best_friend": [1]})
-    assert response.status_code == 200
+async def test_unknown_fields_are_accepted_named_and_counted(client: httpx.AsyncClient) -> None:
+    for stream in (False, True):
+        body = {**COMPLETION, "user": "me", "best_friend": [1], "grüße": None, "stream": stream}
+        response = await post(client, "completions", body)
+        assert response.status_code == 200
+        assert response.headers["x-ignored-fields"] == "best_friend, gr%C3%BC%C3%9Fe"
+    assert "x-ignored-fields" not in (await post(client, "completions", {**COMPLETION, "user": "me"})).headers
+    page = (await client.get("/metrics")).text
+    counted = (
+        'brownoutserve_http_unknown_fields_total{endpoint="completions",field="best_friend",ingress="ingress"} 2.0'
+    )
+    assert counted in page
+
+
+async def test_names_that_clients_invent_do_not_fill_the_metrics(client: httpx.AsyncClient) -> None:
+    await post(client, "chat/completions", {**CHAT, "max_tokens": 1, **{f"field{i}": 0 for i in range(300)}})
+    page = (await client.get("/metrics")).text
+    assert page.count("brownoutserve_http_unknown_fields_total{") <= 102
+    assert 'field="other"' in page
+
+
+async def test_service_tier_is_a_class_and_comes_back(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+    engine.apply_setting(BrownoutSetting.pinned(engine.info.num_levels - 1))
+    try:
+        body = {**COMPLETION, "prompt": "Tiers of service " * 8}
+        dimmed = {}
+        for tier in (None, "default", "flex", "priority"):
+            answer = (await post(client, "completions", {**body, "service_tier": tier})).json()
+            assert answer.get("service_tier") == tier
+            dimmed[tier] = answer["usage"]["brownout"]["dimmed_pairs"] > 0
+    finally:
+        engine.apply_setting(BrownoutSetting.pinned(0))
+    assert dimmed == {None: True, "default": True, "flex": True, "priority": False}
 
 
 async def test_every_answer_says_how_much_it_was_dimmed(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
@@ -283,6 +364,9 @@ REFUSALS: list[tuple[str, Any, int, str | None]] = [
     ),
     ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "word " * 500}]}, 400, "messages"),
     ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
+    ("chat/completions", {**CHAT, "response_format": {"type": "yaml"}}, 400, "response_format"),
+    ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    ("chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
     ("chat/completions", {**CHAT, "max_tokens": None, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
 ]
 
@@ -306,6 +390,55 @@ async def test_bad_input_is_refused_by_field(
 async def test_unknown_class_header_is_refused(client: httpx.AsyncClient) -> None:
     response = await post(client, "completions", COMPLETION, **{"x-brownout-class": "gold"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "x-brownout-class")
+
+
+async def test_one_log_line_for_each_request_without_its_text(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"x-request-id": "job-7", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    with caplog.at_level("INFO", logger="cluster"):
+        for body in (COMPLETION, {**COMPLETION, "stream": True}, {**COMPLETION, "max_tokens": -1}):
+            await post(client, "completions", body, **headers)
+    lines = [record.fields for record in caplog.records if record.message == "request"]
+    assert [(line["outcome"], line["status"]) for line in lines] == [("ok", 200), ("ok", 200), ("invalid", 400)]
+    for line in lines:
+        assert (line["request_id"], line["trace_id"], line["endpoint"]) == ("job-7", trace, "completions")
+        assert line["duration_ms"] >= line.get("ttft_ms", 0)
+    assert [line["completion_tokens"] for line in lines[:2]] == [8, 8]
+    assert COMPLETION["prompt"] not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_tokenize_and_detokenize(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+    prompt = "Grüße, 世界 🙂"
+    answer = (await client.post("/tokenize", json={"prompt": prompt, "return_token_strs": True})).json()
+    assert answer["tokens"] == engine.tokenizer.encode(prompt)
+    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), CONTEXT_TOKENS)
+    assert len(answer["token_strs"]) == answer["count"]
+    back = await client.post("/detokenize", json={"model": MODEL, "tokens": answer["tokens"]})
+    assert back.json() == {"prompt": prompt}
+    chat = await client.post("/tokenize", json={"model": MODEL, "messages": CHAT["messages"]})
+    used = (await post(client, "chat/completions", CHAT)).json()["usage"]["prompt_tokens"]
+    assert chat.json()["count"] == used
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
+        ("/tokenize", {"prompt": ""}, 400, "prompt"),
+        ("/tokenize", {"messages": [{"role": 5}]}, 400, "messages.0.role"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
+        ("/detokenize", {"tokens": "a"}, 400, "tokens"),
+    ],
+)
+async def test_tokens_refused_by_field(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int, param: str
+) -> None:
+    response = await client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
 
 async def test_unknown_route_and_method_are_json(client: httpx.AsyncClient) -> None:
