@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from engine.request_log import RequestRecord
 from engine.sampling import SamplingState
 from engine.scheduler.sequence import Sequence
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, GenerationRequest, RequestOutput, TokenLogprob
+from engine.types import FinishReason, GenerationRequest, RequestOutput, TokenLogprob, Usage
+
+logger = logging.getLogger(__name__)
 
 
 class RequestState:
@@ -76,12 +79,23 @@ class RequestState:
     def final_output(self, reason: FinishReason, output: RequestOutput | None) -> RequestOutput:
         """The last output: ``output`` of the last step, if any, with the rest of the text and the usage."""
         output = output or RequestOutput(self.sequence.request_id)
-        return replace(
-            output,
-            text=output.text + self._detokenizer.flush(),
-            finish_reason=reason,
-            usage=self.sequence.usage(),
-        )
+        usage = self.sequence.usage()
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("finished", extra={"fields": self._log_fields(reason, usage)})
+        return replace(output, text=output.text + self._detokenizer.flush(), finish_reason=reason, usage=usage)
+
+    def _log_fields(self, reason: FinishReason, usage: Usage) -> dict[str, object]:
+        """For one line with the ingress' ids, never with text."""
+        request = self.sequence.request
+        return {
+            "request_id": request.request_id,
+            "trace_id": request.traceparent.split("-")[1] if request.traceparent else None,
+            "finish_reason": reason.value,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "level_peak": usage.brownout.level_peak,
+        }
 
     def record(self, reason: FinishReason, now_s: float, unix_time_s: float) -> RequestRecord:
         """What became of it, ended at ``now_s`` on the engine's clock."""

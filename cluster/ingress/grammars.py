@@ -47,9 +47,8 @@ def chat_grammar(body: ChatBody) -> str | None:
         either = f"start: calls | answer\nanswer: %json {json.dumps(schema)}\n"
         return LLMatcher.grammar_from_lark(either + _calls_lark(offered, _many(body)))
     if any(tool.function.strict for tool in offered):
-        strict = all(tool.function.strict for tool in offered)
-        calls = _hoisted({"anyOf": [_call_schema(tool) for tool in offered]}) | _options(strict, CALL_WHITESPACE)
-        tag = StructTag(trigger=CALL_BEGIN, begin=f"{CALL_BEGIN}\n", grammar=calls, end=f"\n{CALL_END}")
+        bodies = f"start: body\n{_bodies_lark(offered)}"
+        tag = StructTag(trigger=CALL_BEGIN, begin=f"{CALL_BEGIN}\n", grammar=bodies, end=f"\n{CALL_END}")
         return LLMatcher.grammar_from_lark(StructTag.to_grammar([tag], assume_special=False))
     return None
 
@@ -59,11 +58,14 @@ def _many(body: ChatBody) -> bool:
 
 
 def _calls_lark(tools: Sequence[Tool], many: bool) -> str:
-    rules = [
-        'calls: call ("\\n" call)*' if many else "calls: call",
-        f'call: "{CALL_BEGIN}\\n" body "\\n{CALL_END}"',
-        "body: " + " | ".join(f"body_{number}" for number in range(len(tools))),
-    ]
+    calls = 'calls: call ("\\n" call)*' if many else "calls: call"
+    call = f'call: "{CALL_BEGIN}\\n" body "\\n{CALL_END}"'
+    return f"{calls}\n{call}\n{_bodies_lark(tools)}"
+
+
+def _bodies_lark(tools: Sequence[Tool]) -> str:
+    """Rule ``body``: what stands between the marks, one rule for each tool."""
+    rules = ["body: " + " | ".join(f"body_{number}" for number in range(len(tools)))]
     rules += [f"body_{number}: %json {json.dumps(_call_schema(tool))}" for number, tool in enumerate(tools)]
     return "\n".join(rules) + "\n"
 
@@ -78,18 +80,12 @@ def _call_schema(tool: Tool) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-    return _hoisted(schema, parameters) | _options(bool(function.strict), CALL_WHITESPACE)
+    return schema | _definitions(parameters) | _options(bool(function.strict), CALL_WHITESPACE)
 
 
-def _hoisted(schema: dict[str, Any], *parts: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` with the definitions of its parts, whose references start at the root."""
-    parts = parts or tuple(schema.get("anyOf", ()))
-    definitions: dict[str, Any] = {}
-    for part in parts:
-        for key in ("$defs", "definitions"):
-            if isinstance(part.get(key), dict):
-                definitions.setdefault(key, {}).update(part[key])
-    return schema | definitions
+def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    """What references in ``schema`` point to; they start at the root, so there it must be."""
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def _answer_schema(body: ChatBody) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from cluster.serve_file import ServeFile, parse_serve_document
 from tests.models import write_config
 
 MODEL = "tiny"
+ADMIN_TOKEN = "let me steer"
 CONTEXT_TOKENS = 512
 
 
@@ -38,7 +39,7 @@ def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., di
                 "profile_repeats": 0,
             },
             "controller": {"law": "static", "level": 0},
-            "ingress": {"idle_timeout_s": 60},
+            "ingress": {"idle_timeout_s": 60, "admin_token": ADMIN_TOKEN},
         }
         return {
             "http_options": {"host": "127.0.0.1", "port": free_ports(1)[0]},

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from cluster.local import LocalCluster
-from tests.e2e.conftest import CONTEXT_TOKENS, MODEL, Metrics
+from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
 from tests.e2e.waiting import until
 
 pytestmark = pytest.mark.cluster
@@ -139,3 +139,42 @@ async def test_a_client_that_leaves_frees_its_blocks(
     endpoint = {"endpoint": "completions", "outcome": "disconnected"}
     assert after.total("http_requests_total", **endpoint) == before.total("http_requests_total", **endpoint) + 1
     assert after.total("http_requests_held") == 0
+
+
+async def test_brownout_is_read_and_pinned_over_http(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
+    url, admin = f"{cluster.url}/v1/brownout", {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    for headers in ({}, {"authorization": "Bearer guess"}):
+        refused = httpx.put(url, json={"level": 1}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+    for body, param in (({"level": 99}, "law"), ({"law": "fuzzy"}, "law"), ({"level": -1}, "level")):
+        refused = httpx.put(url, json=body, headers=admin)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
+    try:
+        pinned = httpx.put(url, json={"level": 1}, headers=admin).json()
+        assert (pinned["policy"]["law"], pinned["policy"]["level"]) == ("static", 1)
+
+        def levels() -> set[int]:
+            answers = [httpx.post(f"{cluster.url}/v1/completions", json=COMPLETION, timeout=60) for _ in range(4)]
+            return {answer.json()["usage"]["brownout"]["level_peak"] for answer in answers}
+
+        until(lambda: levels() == {1})
+        assert httpx.get(url).json()["policy"] == pinned["policy"]
+        assert cluster.controller.status()["policy"]["level"] == 1
+    finally:
+        back = httpx.put(url, json={"law": "auto"}, headers=admin)
+    assert back.json()["policy"]["law"] == "static" and back.json()["policy"]["level"] in (None, 0, 1)
+    cluster.controller.set_policy("off")
+
+
+async def test_structured_output_through_the_whole_path(api: openai.AsyncOpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    answer = await api.chat.completions.create(**{**CHAT, "max_tokens": 60}, response_format=wanted)
+    assert json.loads(answer.choices[0].message.content)["a"] in (1, 2)
+
+
+async def test_a_prompt_is_scored_through_the_whole_path(api: openai.AsyncOpenAI) -> None:
+    answer = await api.completions.create(**{**COMPLETION, "max_tokens": 0}, echo=True, logprobs=1)
+    logprobs = answer.choices[0].logprobs.token_logprobs
+    assert logprobs[0] is None and all(logprob <= 0 for logprob in logprobs[1:])
+    assert answer.usage.completion_tokens == 0

@@ -397,7 +397,7 @@ async def test_one_log_line_for_each_request_without_its_text(
 ) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"x-request-id": "job-7", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
-    with caplog.at_level("INFO", logger="cluster"):
+    with caplog.at_level("INFO", logger="cluster"), caplog.at_level("INFO", logger="engine"):
         for body in (COMPLETION, {**COMPLETION, "stream": True}, {**COMPLETION, "max_tokens": -1}):
             await post(client, "completions", body, **headers)
     lines = [record.fields for record in caplog.records if record.message == "request"]
@@ -406,6 +406,9 @@ async def test_one_log_line_for_each_request_without_its_text(
         assert (line["request_id"], line["trace_id"], line["endpoint"]) == ("job-7", trace, "completions")
         assert line["duration_ms"] >= line.get("ttft_ms", 0)
     assert [line["completion_tokens"] for line in lines[:2]] == [8, 8]
+    of_engine = [record.fields for record in caplog.records if record.message == "finished"]
+    assert [(line["trace_id"], line["completion_tokens"]) for line in of_engine] == [(trace, 8)] * 2
+    assert all(line["request_id"].startswith("job-7-") for line in of_engine)
     assert COMPLETION["prompt"] not in str([record.__dict__ for record in caplog.records])
 
 

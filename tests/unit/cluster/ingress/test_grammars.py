@@ -25,6 +25,9 @@ POINT = {
 LOOK = {"type": "function", "function": {"name": "look", "parameters": POINT}}
 WAIT = {"type": "function", "function": {"name": "wait"}}
 STRICT = {"type": "function", "function": {**LOOK["function"], "strict": True}}  # type: ignore[dict-item]
+# The same name for another definition.
+NAMED = {**POINT, "$defs": {"coordinate": {"type": "string"}}}
+NAME = {"type": "function", "function": {"name": "name", "parameters": NAMED}}
 JSON_POINT = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT, "strict": True}}
 
 
@@ -62,6 +65,7 @@ def grammar_of(**fields: Any) -> str | None:
         ),
         ({"tools": [STRICT]}, ["free text", LOOKING, f"I look. {LOOKING}"], [call("look", {"x": "3"}), WAITING]),
         ({"tools": [STRICT, WAIT]}, [WAITING, LOOKING], [call("sleep", {})]),
+        ({"tools": [STRICT, NAME]}, [LOOKING, call("name", {"x": "Bern"})], [call("name", {"x": 3})]),
         ({"tools": [WAIT], "response_format": JSON_POINT}, ['{"x": 3}', WAITING], ["text", LOOKING]),
         ({"tools": [LOOK], "tool_choice": "none", "response_format": JSON_POINT}, ['{"x": 3}'], [LOOKING]),
     ],
