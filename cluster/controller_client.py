@@ -8,6 +8,7 @@ import ray
 
 from cluster.controller_host import NAMESPACE, actor_name
 from cluster.errors import ClusterError
+from controller.config import ControllerConfig
 
 TIMEOUT_S = 30.0  # Ray holds calls back while the actor restarts
 
@@ -29,7 +30,8 @@ class ControllerClient:
     def set_policy(self, law: str, level: int | None = None) -> None:
         """``law``: "off", "auto" (the deployed law), "static" with a level, or another law's name. Raises LawError."""
         if law == "auto":
-            law = self._ask("config").law
+            config: ControllerConfig = self._ask("config")
+            law, level = config.law, config.level if config.law == "static" else None
         self._ask("set_policy", law, level)
 
     def decisions(self, limit: int = 50) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.controller_host import NAMESPACE, actor_name
 from cluster.ingress.errors import ApiError, Outcome
 from cluster.ingress.schemas import Body
+from controller.config import ControllerConfig
 from controller.laws.base import LawError
 
 TIMEOUT_S = 5.0
@@ -52,7 +53,8 @@ class ControllerAdmin:
 
     async def set_policy(self, law: str, level: int | None) -> None:
         if law == "auto":
-            law = await self._ask("configured_law")
+            config: ControllerConfig = await self._ask("config")
+            law, level = config.law, config.level if config.law == "static" else None
         await self._ask("set_policy", law, level)
 
     async def _ask(self, method: str, *args: Any) -> Any:
