@@ -73,6 +73,12 @@ class MoeConfig:
         }
 
 
+def rotary_tables(config: MoeConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_position, head_dim]"""
+    rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, torch.device("cpu"))
+    return rotary.tables(torch.arange(config.max_position))
+
+
 class Attention(nn.Module):
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
@@ -149,8 +155,7 @@ class MoeLm(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, EXPERT_COMPUTE[expert_compute]) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, torch.device("cpu"))
-        cos, sin = rotary.tables(torch.arange(config.max_position))
+        cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -167,6 +172,11 @@ class MoeLm(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] -> logits [B, T, V] and the mean load-balancing loss."""
+        hidden, balance = self.hidden(tokens)
+        return F.linear(hidden, self.embedding.weight), balance
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] -> [B, T, D] before the output projection, and the mean load-balancing loss."""
         x = self.embedding(tokens)
         num_tokens = tokens.shape[1]
         cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
@@ -174,7 +184,7 @@ class MoeLm(nn.Module):
         for layer in self.layers:
             x, balance = layer(x, cos, sin)
             balances.append(balance)
-        return F.linear(self.norm(x), self.embedding.weight), torch.stack(balances).mean()
+        return self.norm(x), torch.stack(balances).mean()
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights under Hugging Face's names, bfloat16, on the CPU."""
