@@ -20,6 +20,7 @@ from torch import Tensor
 
 CAPACITY = 2.0  # buffer of the padded way, in mean loads
 ALIGNMENT = 8  # rows of a group of the grouped product: 16 bytes of bfloat16
+_grouped_mm = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm  # public since torch 2.10
 
 
 def loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def dense(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
     num_experts, dim, size = down.shape
     hidden = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, (num_experts, 2 * size))  # [N, E, 2F]
     share = torch.zeros(x.shape[0], num_experts, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
-    hidden = _activate(hidden) * share[:, :, None]
+    hidden = _activate(hidden) * share[:, :, None].to(hidden.dtype)
     return F.linear(hidden.flatten(1), down.transpose(0, 1).reshape(dim, -1))
 
 
@@ -67,8 +68,8 @@ def grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     inputs = inputs.index_copy(0, slot, x[token_of].to(torch.bfloat16))
     offsets = ends.to(torch.int32)
     offsets[-1] = num_rows  # the last group takes the rest of the buffer, all zeros
-    hidden = _activate(F.grouped_mm(inputs, gate_up.to(torch.bfloat16).mT, offs=offsets))
-    answers = F.grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)[slot].to(x.dtype)
+    hidden = _activate(_grouped_mm(inputs, gate_up.to(torch.bfloat16).mT, offs=offsets))
+    answers = _grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)[slot].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token_of, answers * weights.flatten()[order, None])
 
 

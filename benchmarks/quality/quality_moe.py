@@ -136,6 +136,7 @@ def train_stage(run: Run) -> None:
             json.dumps({**vars(state), **figures, "options": asdict(train_options), "num_gpus": run.world}, indent=1)
         )
         model.save(run.model)
+    torch.set_float32_matmul_precision("highest")  # the fits that follow want all digits
     run.wait()
     if not complete:
         raise SystemExit("training stopped at its time limit; the same command goes on")

@@ -13,7 +13,7 @@ from engine.unite.pairs import LayerTrace, RoutedPairs, expert_hidden
 from engine.unite.united_layer import CHUNK_PAIRS, UnitedLayer
 
 RIDGE = 1e-3  # share of the mean squared activation that is added to each
-MAX_FIT_PAIRS = 65_536  # per group; more do not change a fit of F coefficients per output
+MAX_FIT_PAIRS = 32_768  # per group; more do not change a fit of F coefficients per output
 
 
 @torch.no_grad()
