@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +12,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from engine.unite.calibration import read_text
+
 BLOCK_CHARS = 100_000  # encoded at a time, many in parallel
 END_OF_DOCUMENT = "<|endoftext|>"
 _LINE_BREAK = re.compile(r"(?<![\n>])\n(?!\n)[ \t]*")  # one that only wraps a paragraph
 
 
-def read(path: Path) -> str:
-    """A UTF-8 text, plain, .gz or .xz."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        text: str = file.read()
-    return text
-
-
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl or .jsonl.gz file."""
-    return [json.loads(line) for line in read(path).splitlines()]
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
 
 
 def unwrap(text: str) -> str:
@@ -58,7 +50,7 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
 def load_tokens(paths: list[Path], tokenizer: Tokenizer) -> np.ndarray:
     """Token ids [N] uint16 of texts, or of arrays that `python -m benchmarks.quality.corpus` wrote (.npy)."""
     return np.concatenate(
-        [np.load(path) if path.suffix == ".npy" else encode(unwrap(read(path)), tokenizer) for path in paths]
+        [np.load(path) if path.suffix == ".npy" else encode(unwrap(read_text(path)), tokenizer) for path in paths]
     )
 
 

@@ -43,6 +43,7 @@ from benchmarks.results import RESULTS, markdown_table, write_result
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.types import Levels
+from engine.unite.calibration import read_text
 
 TEXTS = {"gutenberg": "gutenberg_heldout.txt.gz", "wikitext2": "wikitext2_valid.txt.gz"}
 PROMPT_TOKENS, NEW_TOKENS = 64, 96  # of the generation check
@@ -89,7 +90,7 @@ def evaluate(target: Target, options: argparse.Namespace) -> Iterator[dict[str, 
 
 
 def _requests(path: Path, target: Target, options: argparse.Namespace) -> list[Request]:
-    text = corpus.read(path)
+    text = read_text(path)
     ids = target.encode(corpus.unwrap(text) if "gutenberg" in path.name else text)
     length, possible = options.tokens, len(ids) // options.tokens
     count = min(options.sequences, possible)

@@ -7,6 +7,8 @@
 | padded  | experts' tokens in equal buffers; tokens beyond twice the mean load are dropped | nothing better runs |
 | grouped | tokens sorted by expert, one grouped product                 | a recent GPU                       |
 
+Rows are gathered by index_select, whose gradient is an addition; that of x[rows] would sort first.
+
 Legend: N tokens, E experts, A experts per token, D hidden size, F expert FFN width.
 """
 
@@ -46,10 +48,10 @@ def padded(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tenso
     order, expert_of, rank = _sorted_pairs(ids, num_experts)
     slot = torch.where(rank < capacity, expert_of * capacity + rank, num_experts * capacity)
     token_of = order // ids.shape[1]
-    buffer = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x[token_of])
+    buffer = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x.index_select(0, token_of))
     inputs = buffer[:-1].unflatten(0, (num_experts, capacity))
     answers = _activate(inputs @ gate_up.mT.to(x.dtype)) @ down.mT.to(x.dtype)
-    answers = torch.cat((answers.flatten(0, 1), x.new_zeros(1, x.shape[1])))[slot]
+    answers = torch.cat((answers.flatten(0, 1), x.new_zeros(1, x.shape[1]))).index_select(0, slot)
     return torch.zeros_like(x).index_add(0, token_of, answers * weights.flatten()[order, None])
 
 
@@ -65,11 +67,12 @@ def grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     token_of = order // ids.shape[1]
     num_rows = -(-num_pairs // ALIGNMENT) * ALIGNMENT + num_experts * ALIGNMENT
     inputs = torch.zeros(num_rows, x.shape[1], dtype=torch.bfloat16, device=x.device)
-    inputs = inputs.index_copy(0, slot, x[token_of].to(torch.bfloat16))
+    inputs = inputs.index_copy(0, slot, x.index_select(0, token_of).to(torch.bfloat16))
     offsets = ends.to(torch.int32)
     offsets[-1] = num_rows  # the last group takes the rest of the buffer, all zeros
     hidden = _activate(_grouped_mm(inputs, gate_up.to(torch.bfloat16).mT, offs=offsets))
-    answers = _grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)[slot].to(x.dtype)
+    answers = _grouped_mm(hidden, down.to(torch.bfloat16).mT, offs=offsets)
+    answers = answers.index_select(0, slot).to(x.dtype)
     return torch.zeros_like(x).index_add(0, token_of, answers * weights.flatten()[order, None])
 
 

@@ -127,6 +127,8 @@ class MoeBlock(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         chosen = torch.zeros_like(probs).scatter_(1, ids, 1.0)
         balance = probs.shape[1] * (chosen.mean(dim=0) / self.num_chosen * probs.mean(dim=0)).sum()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         gate, up = self.shared_gate_up(x).chunk(2, dim=-1)
         shared = torch.sigmoid(self.shared_gate(x)) * self.shared_down(F.silu(gate) * up)
         return self.compute(x, ids, weights.to(x.dtype), self.gate_up, self.down) + shared, balance

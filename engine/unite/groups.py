@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.moe.experts import PackedExperts
+from engine.moe.similarity import output_similarity
 from engine.moe.united import Grouping, consecutive_groups
-from engine.unite.pairs import LayerTrace, expert_hidden
+from engine.unite.pairs import LayerTrace
 
 GROUPINGS = ("consecutive", "apart", "similar")
 NUM_SIMILARITY_TOKENS = 256
@@ -25,7 +27,7 @@ def make_grouping(name: str, way: int, trace: LayerTrace) -> Grouping:
     """The grouping called ``name``; each is deterministic."""
     if name == "consecutive":
         return consecutive_groups(trace.num_experts, way)
-    affinity = -coactivation(trace) if name == "apart" else output_similarity(trace)
+    affinity = -coactivation(trace) if name == "apart" else similarity(trace)
     return balanced_groups(affinity, way)
 
 
@@ -37,15 +39,11 @@ def coactivation(trace: LayerTrace) -> Tensor:
 
 
 @torch.no_grad()
-def output_similarity(trace: LayerTrace) -> Tensor:
+def similarity(trace: LayerTrace) -> Tensor:
     """[E, E]: cosine of the experts' outputs on the same tokens, averaged over tokens."""
     stride = max(1, trace.inputs.shape[0] // NUM_SIMILARITY_TOKENS)
-    x = trace.inputs[::stride][:NUM_SIMILARITY_TOKENS]
-    outputs = torch.stack(
-        [expert_hidden(gate_up, x) @ down.t() for gate_up, down in zip(trace.gate_up, trace.down, strict=True)]
-    )  # [E, S, D]
-    outputs = torch.nn.functional.normalize(outputs.float(), dim=2)
-    return torch.einsum("asd,bsd->ab", outputs, outputs) / x.shape[0]
+    experts = PackedExperts(trace.gate_up, trace.down, trace.num_experts)
+    return output_similarity(experts, trace.inputs[::stride][:NUM_SIMILARITY_TOKENS])
 
 
 def balanced_groups(affinity: Tensor, way: int) -> Grouping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.unite.groups import balanced_groups, coactivation, output_similarity
+from engine.unite.groups import balanced_groups, coactivation, make_grouping
 from engine.unite.pairs import LayerTrace
 
 
@@ -34,12 +34,11 @@ def test_coactivation_counts_tokens_that_chose_both() -> None:
     assert coactivation(trace).tolist() == [[2, 2, 0], [2, 3, 1], [0, 1, 1]]
 
 
-def test_equal_experts_have_similarity_one() -> None:
+def test_similar_experts_share_a_group() -> None:
     generator = torch.Generator().manual_seed(0)
     gate_up, down = torch.randn(2, 8, 6, generator=generator), torch.randn(2, 6, 4, generator=generator)
     inputs = torch.randn(50, 6, generator=generator)
     ids, weights = torch.zeros(50, 1, dtype=torch.int64), torch.ones(50, 1)
-    trace = LayerTrace(gate_up[[0, 1, 0]], down[[0, 1, 0]], inputs, ids, weights)
-    similarity = output_similarity(trace)
-    assert similarity[0, 2] == pytest.approx(1.0, abs=1e-5)
-    assert similarity[0, 1] < 0.9
+    which = [0, 1, 1, 0]
+    trace = LayerTrace(gate_up[which], down[which], inputs, ids, weights)
+    assert make_grouping("similar", 2, trace).groups == ((0, 3), (1, 2))
