@@ -112,7 +112,7 @@ def unite(
         waiting = [build for build in builds if layer in layers and layer not in build.layers]
         if not waiting:
             continue
-        workbench = _Workbench(trace, sequences, options)
+        workbench = _Workbench(trace, sequences, options, getattr(torch, spec.dtype))
         for build in waiting:
             num_done += 1
             on_progress(build.add(layer, workbench, options, num_done, num_total))
@@ -123,13 +123,13 @@ def unite(
 class _Workbench:
     """What the jobs of one layer share: routed pairs to fit and to judge by, and the instant builds they start from."""
 
-    def __init__(self, trace: LayerTrace, sequences: Tensor, options: UniteOptions) -> None:
+    def __init__(self, trace: LayerTrace, sequences: Tensor, options: UniteOptions, dtype: torch.dtype) -> None:
         count, num_tokens = sequences.shape
         fitted = count - max(1, round(count * options.held_out_frac))
         self.trace = trace.rows(0, fitted * num_tokens)
         self.pairs = routed_pairs(self.trace)
         self.held_out = routed_pairs(trace.rows(fitted * num_tokens, count * num_tokens))
-        self._options = options
+        self._options, self._dtype = options, dtype
         self._starts: dict[int, tuple[str, UnitedLayer, float]] = {}
 
     def start(self, way: int) -> tuple[str, UnitedLayer, float]:
@@ -146,10 +146,13 @@ class _Workbench:
         return self._starts[way]
 
     def build(self, way: int, method: str) -> tuple[str, UnitedLayer, float]:
-        """(grouping, united experts, seconds) by ``method``; all methods use the grouping of the instant build."""
+        """(grouping, united experts in the checkpoint's dtype, seconds) by ``method``.
+
+        All methods use the grouping of the instant build.
+        """
         grouping_name, start, start_seconds = self.start(way)
         if method == "instant":
-            return grouping_name, start, start_seconds
+            return grouping_name, start.to(self._dtype), start_seconds
         start_s, grouping, options = self._now_s(), start.grouping, self._options.distil
         if method == "routed":
             united = distil(start, self.trace, self.pairs, options)
@@ -160,7 +163,7 @@ class _Workbench:
             united = frequency_average(self.trace, self.pairs, grouping)
         else:
             united = average(self.trace, grouping)
-        return grouping_name, united, self._now_s() - start_s
+        return grouping_name, united.to(self._dtype), self._now_s() - start_s
 
     def _now_s(self) -> float:
         if self.trace.inputs.device.type == "cuda":

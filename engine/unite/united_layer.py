@@ -22,6 +22,9 @@ class UnitedLayer:
     gate_up: Tensor  # [G, 2F, D]
     down: Tensor  # [G, D, F]
 
+    def to(self, dtype: torch.dtype) -> UnitedLayer:
+        return UnitedLayer(self.grouping, self.gate_up.to(dtype), self.down.to(dtype))
+
 
 @torch.no_grad()
 def routed_errors(united: UnitedLayer, pairs: RoutedPairs) -> list[float]:
