@@ -96,11 +96,12 @@ def unite(
     Raises ConfigError if a directory holds something else, or if no layer is left to build.
     """
     spec = slot.spec
-    layers = range(options.exempt_first, spec.num_layers - options.exempt_last)
+    dimmable = range(options.exempt_first, spec.num_layers - options.exempt_last)
+    layers = [layer for layer in spec.moe_layers if layer in dimmable]
     if not layers:
         raise ConfigError(
-            f"unite.exempt_first is {options.exempt_first} and exempt_last {options.exempt_last}; allowed: fewer than "
-            f"the model's {spec.num_layers} layers together"
+            f"unite.exempt_first is {options.exempt_first} and exempt_last {options.exempt_last}; allowed: values that "
+            f"leave one of the model's {len(spec.moe_layers)} layers with routed experts"
         )
     digest = sequences_digest(sequences)
     builds = [_JobState.open(job, _key(job, model_digest, digest, options)) for job in jobs]
