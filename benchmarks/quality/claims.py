@@ -42,10 +42,19 @@ Verdict = tuple[str, dict[str, Any]]
 
 
 def _ratio(over: Row, under: Row) -> tuple[float, float]:
-    """over / under of two rows' dNLL, and its standard error as if the rows were independent, which is cautious."""
+    """over / under of two rows' dNLL, and its standard error as if the rows were independent, which is cautious.
+
+    Nothing has a ratio to a loss that is not resolved itself: then the error is infinite.
+    """
+    if under["dnll"] <= 2 * under["se"]:
+        return 1.0, math.inf
     ratio = over["dnll"] / under["dnll"]
-    relative = math.hypot(over["se"] / over["dnll"], under["se"] / under["dnll"])
-    return ratio, abs(ratio) * relative
+    return ratio, math.hypot(over["se"], ratio * under["se"]) / under["dnll"]
+
+
+def _as_figures(name: str, ratio: float, error: float) -> dict[str, float | None]:
+    known = math.isfinite(error)
+    return {name: round(ratio, 3) if known else None, "se": round(error, 3) if known else None}
 
 
 def _below(value: float, error: float, limit: float) -> str:
@@ -74,7 +83,7 @@ def _routed_against_mixture(rows: Sequence[Row]) -> Verdict:
     if routed is None or mixture is None:
         return _missing("the routed and the mixture build")
     ratio, error = _ratio(routed, mixture)
-    figures = {"routed": routed["dnll"], "mixture": mixture["dnll"], "ratio": round(ratio, 3), "se": round(error, 3)}
+    figures = {"routed": routed["dnll"], "mixture": mixture["dnll"], **_as_figures("ratio", ratio, error)}
     if average is not None:
         figures["average"] = average["dnll"]
     return _below(ratio, error, 0.6), figures
@@ -86,7 +95,7 @@ def _instant(rows: Sequence[Row], builds: Sequence[Mapping[str, Any]]) -> Verdic
     if routed is None or instant is None or build is None:
         return _missing("the routed and the instant build")
     ratio, error = _ratio(instant, routed)
-    figures = {"ratio": round(ratio, 3), "se": round(error, 3), "seconds": build["seconds"]}
+    figures = {**_as_figures("ratio", ratio, error), "seconds": build["seconds"]}
     verdict = _below(ratio, error, 2.0)
     return (FAILS if build["seconds"] >= 60 else verdict), figures
 
@@ -205,5 +214,5 @@ def _grouping(rows: Sequence[Row]) -> Verdict:
     best, worst = (choose(present.values(), key=lambda row: row["dnll"]) for choose in (min, max))
     ratio, error = _ratio(worst, best)
     figures: dict[str, Any] = {name: row["dnll"] for name, row in present.items()}
-    figures |= {"worst_over_best": round(ratio, 3), "se": round(error, 3)}
+    figures |= _as_figures("worst_over_best", ratio, error)
     return _below(ratio, error, 1.1), figures

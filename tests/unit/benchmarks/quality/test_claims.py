@@ -28,6 +28,13 @@ def test_c1(mixture: float, verdict: str) -> None:
     assert judge(rows, [])["C1"]["verdict"] == verdict
 
 
+def test_there_is_no_ratio_to_a_loss_that_is_not_resolved() -> None:
+    rows = [united(4, 15, -0.001), united(4, 15, 0.0015, "mixture")]
+    claim = judge(rows, [])["C1"]
+    assert claim["verdict"] == NOT_RESOLVED and claim["figures"]["ratio"] is None
+    assert judge([united(4, 15, 0.0), united(4, 15, 0.1, "mixture")], [])["C1"]["verdict"] == HOLDS
+
+
 @pytest.mark.parametrize(("dnll", "seconds", "verdict"), [(0.15, 5, HOLDS), (0.15, 70, FAILS), (0.3, 5, FAILS)])
 def test_c2(dnll: float, seconds: float, verdict: str) -> None:
     rows = [united(4, 15, 0.1), united(4, 15, dnll, "instant")]
