@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.config import parse_config
+from cluster.autoscaling import APP
+from cluster.config import ClusterConfig, key_prefix, parse_config
 from cluster.ingress.deployment import Ingress
 from cluster.replica import EngineReplica
+from controller.settings import plan_key
 
 # Serve replaces a replica after three failed checks. Its requests are ended before that, by the engine's own watch or
 # by their channel; so these need not be hasty: a replica is busy, not dead, while a large step holds the interpreter.
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 5.0
+POLICY = "cluster.autoscaling:PlannedReplicas"
 NUM_START_ATTEMPTS = 3  # a model that cannot be loaded fails the deployment instead of being tried for ever
 SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 
@@ -23,7 +27,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = parse_config(args)
     engines = serve.deployment(
         name="EngineReplica",
-        num_replicas=config.replicas,
+        num_replicas=None if config.autoscaling else config.replicas,
+        autoscaling_config=_autoscaling(config) if config.autoscaling else None,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
@@ -39,3 +44,17 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
     )(Ingress).bind(engines, config)
+
+
+def _autoscaling(config: ClusterConfig) -> AutoscalingConfig:
+    """Serve asks the plan, and adds no delays of its own to the planner's."""
+    assert config.autoscaling is not None
+    key = plan_key(key_prefix(APP), config.model.served_name)
+    return AutoscalingConfig(
+        min_replicas=config.autoscaling.min_replicas,
+        max_replicas=config.autoscaling.max_replicas,
+        initial_replicas=config.replicas,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(policy_function=POLICY, policy_kwargs={"key": key, "redis_url": config.redis_url}),
+    )

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from controller.config import ConfigError as ControllerConfigError
-from controller.config import ControllerConfig
+from controller.config import ControllerConfig, StreamSecurity
+from controller.planner import PlannerParams
+from controller.quality import QualityBudget
 from controller.types import Slo
 from engine.config import (
     BrownoutConfig,
@@ -41,7 +43,11 @@ class _Section(BaseModel):
 
 
 class ControllerSection(_Section):
-    """The slow loop: the policy in force until an operator sets another. ``level`` belongs to the law "static"."""
+    """The slow loop: the policy in force until an operator sets another. ``level`` belongs to the law "static".
+
+    ``quality``: service class |-> how much it may lose, e.g. standard: {mean_loss_nats: 0.01, max_loss_nats: 0.1}.
+    ``security``: TLS and a shared token for the control streams; the files lie on every node.
+    """
 
     law: str = ControllerConfig().law
     level: int = 0
@@ -50,6 +56,32 @@ class ControllerSection(_Section):
     lease_s: float = ControllerConfig().lease_s
     window_s: float = ControllerConfig().window_s
     stale_s: float = ControllerConfig().stale_s
+    hold_s: float = ControllerConfig().hold_s
+    slew_levels: int = ControllerConfig().slew_levels
+    quality: dict[str, QualityBudget] = {}
+    security: StreamSecurity = StreamSecurity()
+
+
+class AutoscalingSection(_Section):
+    """How many engine replicas there may be; how many there are, the controller plans from their load at level 0.
+
+    ``target_frac``: share of a full batch that may be planned. ``down_after_s``: how long fewer must have been enough.
+    """
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    target_frac: float = PlannerParams().target_frac
+    down_after_s: float = PlannerParams().down_after_s
+
+    @property
+    def planner(self) -> PlannerParams:
+        """Raises ValueError."""
+        return PlannerParams(
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            target_frac=self.target_frac,
+            down_after_s=self.down_after_s,
+        )
 
 
 class IngressSection(_Section):
@@ -71,6 +103,7 @@ class ClusterConfig(_Section):
 
     ``gpus_per_replica`` 0 serves on the CPU; ``cpus_per_replica`` only reserves room in Ray's scheduler.
     ``drain_timeout_s`` is how long a replica that is taken down may still work on the requests it has.
+    With ``autoscaling``, ``replicas`` is only how many there are at first.
     ``redis_url`` defaults to the environment's REDIS_URL where the cluster runs.
     """
 
@@ -86,6 +119,7 @@ class ClusterConfig(_Section):
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
     cpus_per_replica: float = Field(default=1, ge=0)
+    autoscaling: AutoscalingSection | None = None
     controller: ControllerSection = ControllerSection()
     ingress: IngressSection = IngressSection()
     drain_timeout_s: float = Field(default=60.0, ge=0)
@@ -96,7 +130,17 @@ class ClusterConfig(_Section):
     def _engine_and_controller_accept(self) -> ClusterConfig:
         self.engine_config()
         self.controller_config("default")
+        scaling = self.autoscaling
+        if scaling is not None and not scaling.min_replicas <= self.replicas <= scaling.max_replicas:
+            raise ClusterConfigError(
+                f"replicas is {self.replicas}; allowed: {scaling.min_replicas} to {scaling.max_replicas}, "
+                "the limits of autoscaling"
+            )
         return self
+
+    @property
+    def max_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
     def engine_config(self) -> EngineConfig:
         """What each replica's engine is started with; the model's path is resolved."""
@@ -124,6 +168,11 @@ class ClusterConfig(_Section):
             stale_s=self.controller.stale_s,
             slo=Slo(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s),
             allow_unmeasured=self.brownout.allow_unmeasured,
+            hold_s=self.controller.hold_s,
+            slew_levels=self.controller.slew_levels,
+            quality=self.controller.quality,
+            security=self.controller.security,
+            planner=self.autoscaling.planner if self.autoscaling else None,
             host=host,
             key_prefix=key_prefix(app_name),
         )

@@ -27,9 +27,8 @@ class ControllerClient:
         return status
 
     def set_policy(self, law: str, level: int | None = None) -> None:
-        """``law``: "off", "auto" (the deployed law), "static" with a level, or another law's name. Raises LawError."""
-        if law == "auto":
-            law = self._ask("config").law
+        """``law``: "off", "freeze" (the level of now), "auto" (what was deployed), "static" with a level, or another
+        law's name. Raises LawError."""
         self._ask("set_policy", law, level)
 
     def decisions(self, limit: int = 50) -> list[dict[str, Any]]:

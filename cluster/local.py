@@ -130,6 +130,24 @@ class LocalCluster:
         details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
         return details
 
+    def redeploy(self, file: ServeFile) -> None:
+        """Serve ``file`` from now on, at the same address; returns once its replicas answer. Raises ClusterError."""
+        before = set(self.replica_ids())
+        self._file = file.on(HOST, self._file.http_port)
+        self.deploy(self._file)
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        while before & set(self.replica_ids()):
+            if time.monotonic() > deadline_s:
+                raise ClusterError(f"the old replicas were still there after {READY_TIMEOUT_S:g} s")
+            time.sleep(POLL_S)
+        self.wait_ready()
+
+    def replica_ids(self) -> list[str]:
+        """Of the engine replicas that Serve runs now."""
+        app = self.serve_details()["applications"].get(self._file.app_name, {"deployments": {}})
+        replicas = app["deployments"].get("EngineReplica", {"replicas": []})["replicas"]
+        return [replica["replica_id"] for replica in replicas]
+
     def check(self) -> None:
         """Raises ClusterError when the cluster has ended by itself."""
         self._head.check()
@@ -196,7 +214,7 @@ def check_before_start(file: ServeFile) -> None:
 def _num_cpus(file: ServeFile) -> int:
     """What Ray may hand out: enough for every replica to be placed, whatever the machine has."""
     config = file.config
-    return max(os.cpu_count() or 1, int(config.replicas * config.cpus_per_replica) + 1)
+    return max(os.cpu_count() or 1, int(config.max_replicas * config.cpus_per_replica) + 1)
 
 
 def _last_line(messages: list[str]) -> str:

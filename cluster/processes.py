@@ -114,6 +114,12 @@ def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
             continue
 
 
+def process_age_s() -> float:
+    """How long ago this process was started."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
 def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 import time
+from pathlib import Path
 
 from ray import serve
 from ray.util import get_node_ip_address
@@ -16,12 +17,16 @@ from ray.util import get_node_ip_address
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
+from cluster.processes import process_age_s
 from cluster.reports import ReplicaReport
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
-from engine.agent import TelemetryAgent
+from controller.config import StreamSecurity
+from controller.security import read_token
+from engine.agent import ControlCredentials, TelemetryAgent
 from engine.async_engine import AsyncEngine
+from engine.request_log import RequestRecord
 from engine.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -48,6 +53,8 @@ class EngineReplica:
             on_setting=self._engine.apply_setting,
             take_window=self._engine.take_window,
             period_s=config.controller.tick_s,
+            credentials=control_credentials(config.controller.security),
+            start_s=process_age_s(),
         )
         self._publisher = LoadPublisher(
             config.resolved_redis_url(), context.app_name, self._replica_id, self._live_load
@@ -78,6 +85,14 @@ class EngineReplica:
             self._address,
             self._token,
         )
+
+    async def requests_of(self, request_id: str) -> list[RequestRecord]:
+        """What became of an API request's choices and attempts here, as far as it is remembered."""
+        return self._engine.request_log.find(request_id)
+
+    async def requests_between(self, since_s: float, until_s: float, limit: int) -> list[RequestRecord]:
+        """The newest requests that ended in [since_s, until_s), Unix time."""
+        return self._engine.request_log.between(since_s, until_s, limit)
 
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""
@@ -111,6 +126,15 @@ class EngineReplica:
             decode=setting.decode,
             mean_output_tokens=brownout.governor.mean_output_tokens,
         )
+
+
+def control_credentials(security: StreamSecurity) -> ControlCredentials:
+    """The replica's side of the control streams' security. OSError if a file cannot be read."""
+    return ControlCredentials(
+        ca_pem=Path(security.ca_file).read_bytes() if security.has_tls else None,
+        token=read_token(security.token_file),
+        server_name=security.server_name,
+    )
 
 
 async def _wait_for(controller: asyncio.Task[str]) -> None:

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import grpc
 
-from controller.config import StreamSecurity
+from controller.config import StreamSecurity, require
 
 log = logging.getLogger(__name__)
 
 
+def read_token(path: str) -> str:
+    """The shared token; empty without a file. OSError if it cannot be read, ConfigError if nothing is in it."""
+    if not path:
+        return ""
+    token = Path(path).read_text(encoding="utf-8").strip()
+    require(bool(token), "controller.security.token_file", path, "a file with a token in it")
+    return token
+
+
 def read_security(security: StreamSecurity) -> tuple[str, grpc.ServerCredentials | None]:
     """The token, and TLS credentials if configured. OSError if a file cannot be read."""
-    token = Path(security.token_file).read_text(encoding="utf-8").strip() if security.token_file else ""
+    token = read_token(security.token_file)
     if not security.has_tls:
         return token, None
     pair = (Path(security.key_file).read_bytes(), Path(security.cert_file).read_bytes())

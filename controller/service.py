@@ -48,6 +48,7 @@ class ControllerService:
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self._closing: asyncio.Task[None] | None = None
         self.address = ""
         self.superseded = False  # a newer controller uses our Redis keys: this one controls nothing any more
@@ -85,6 +86,7 @@ class ControllerService:
 
     async def stop(self) -> None:
         """Close all streams and save once more; replicas keep their setting until its lease ends."""
+        self._stopping = True  # redis-py may swallow a cancellation that meets a lost connection
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -236,7 +238,7 @@ class ControllerService:
     # --- what outlives us ----------------------------------------------------------------------------------------
 
     async def _save_loop(self) -> None:
-        while not self.superseded:
+        while not (self.superseded or self._stopping):
             with suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_INTERVAL_S):
                     await self._changed.wait()

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -41,10 +41,14 @@ _CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class ControlCredentials:
-    """How to trust the controller, and be trusted. ``ca_pem`` None: no TLS; ``token`` empty: none is asked for."""
+    """How to trust the controller, and be trusted. ``ca_pem`` None: no TLS; ``token`` empty: none is asked for.
+
+    ``server_name``: what the controller's certificate must name; empty: the address.
+    """
 
     ca_pem: bytes | None = None
-    token: str = ""
+    token: str = field(default="", repr=False)
+    server_name: str = ""
 
 
 class OutdatedControllerError(RuntimeError):
@@ -68,7 +72,7 @@ class TelemetryAgent:
         on_setting: Callable[[BrownoutSetting], bool],
         take_window: Callable[[], StepWindow],
         period_s: float = 0.25,
-        credentials: ControlCredentials = ControlCredentials(),
+        credentials: ControlCredentials | None = None,
         start_s: float = 0.0,
     ) -> None:
         self._address_provider = address_provider
@@ -79,7 +83,7 @@ class TelemetryAgent:
         self._incarnation = random.getrandbits(63)  # tells this life of the replica from an earlier one
         self._period_s = period_s
         self._applied: BrownoutSetting | None = None
-        self._credentials = credentials
+        self._credentials = credentials or ControlCredentials()
         self._start_s = start_s
         self._task: asyncio.Task[None] | None = None
         self.connected = False  # a setting has arrived on the stream that is open
@@ -119,7 +123,9 @@ class TelemetryAgent:
         if self._credentials.ca_pem is None:
             return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         credentials = grpc.ssl_channel_credentials(self._credentials.ca_pem)
-        return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+        name = self._credentials.server_name
+        options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name)) if name else _CHANNEL_OPTIONS
+        return grpc.aio.secure_channel(address, credentials, options=options)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         token = self._credentials.token

@@ -22,6 +22,13 @@ def brownout_off(target: dict[str, str]) -> None:
     _set_policy(target, "off")
 
 
+@brownout.command("freeze")
+@click.pass_obj
+def brownout_freeze(target: dict[str, str]) -> None:
+    """Pin the level that the replicas have now, whatever the load does next."""
+    _set_policy(target, "freeze")
+
+
 @brownout.command("auto")
 @click.pass_obj
 def brownout_auto(target: dict[str, str]) -> None:
@@ -48,6 +55,6 @@ def brownout_law(target: dict[str, str], name: str) -> None:
 def _set_policy(target: dict[str, str], law: str, level: int | None = None) -> None:
     with running_controller(**target) as controller:
         controller.set_policy(law, level)
-        policy = controller.status()["policy"]
+        policy = next(iter(controller.status()["models"].values()), controller.status())["policy"]
     shown = "" if policy["level"] is None else f", level {policy['level']}"
     console.print(f"policy {policy['law']}{shown}")

@@ -1,16 +1,18 @@
-"""Runs one controller in a process of its own, so that tests can kill it: ``python -m ... REDIS_URL LAW LEVEL``."""
+"""Runs one controller in a process of its own, so that tests can kill it: ``python -m ... REDIS_URL CONFIG_JSON``."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 
+from pydantic import TypeAdapter
+
 from controller.config import ControllerConfig
 from controller.service import ControllerService
 
 
-async def main(redis_url: str, law: str, level: str) -> None:
-    service = ControllerService(ControllerConfig(law=law, level=int(level)), redis_url)
+async def main(redis_url: str, config: str) -> None:
+    service = ControllerService(TypeAdapter(ControllerConfig).validate_json(config), redis_url)
     print(await service.start(), flush=True)
     await asyncio.Event().wait()
 

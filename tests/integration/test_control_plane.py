@@ -7,17 +7,11 @@ import json
 import math
 import os
 import signal
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import pytest
 
-from cluster.redis_server import RedisServer
-from controller.config import ControllerConfig
 from controller.laws.base import LawError
 from controller.reports import Hello
 from controller.service import ControllerService
@@ -28,119 +22,10 @@ from engine.agent import TelemetryAgent
 from engine.config import SloConfig
 from engine.sketch import RELATIVE_ERROR
 from engine.telemetry import LayerLoad, StepRecord, StepWindow, TelemetryRecorder
-from engine.types import BrownoutSetting, EngineStats, Levels, ModelInfo, ServiceClass
+from engine.types import BrownoutSetting, EngineStats, Levels, ServiceClass
 from engine.wire import window_to_proto
 from protos import control_pb2, control_pb2_grpc, telemetry_pb2
-
-MODEL = ModelInfo("model", 1000, 512, 64, 16, num_levels=5, ladder_measured=True)
-CONFIG = ControllerConfig(law="static", level=1, tick_s=0.05, lease_s=1.0)
-
-
-async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
-        await asyncio.sleep(0.01)
-
-
-class Replica:
-    """A replica without an engine: a real recorder and a real agent, and a list of what it was told."""
-
-    def __init__(self, replica_id: str, address: Callable[[], str], model: ModelInfo = MODEL) -> None:
-        self.recorder = TelemetryRecorder(SloConfig(), time.monotonic())
-        self.received: list[BrownoutSetting] = []
-        self.step_time_s = 0.01
-        self._address = address
-        self.agent = TelemetryAgent(
-            address_provider=self._find_controller,
-            replica_id=replica_id,
-            model_info=model,
-            on_setting=self._apply,
-            take_window=self._take_window,
-            period_s=0.05,
-        )
-
-    @property
-    def setting(self) -> BrownoutSetting:
-        return self.received[-1]
-
-    @property
-    def levels(self) -> tuple[int, int] | None:
-        return (self.setting.decode.floor, self.setting.decode.ceiling) if self.received else None
-
-    async def _find_controller(self) -> str:
-        return self._address()
-
-    def _apply(self, setting: BrownoutSetting) -> bool:
-        if self.received and self.received[-1].newer_than(setting):
-            return False
-        self.received.append(setting)
-        return True
-
-    def _take_window(self) -> StepWindow:
-        level = self.setting.decode.floor if self.received else 0
-        self.recorder.record_step(StepRecord(0, 4, Levels(decode=level), self.step_time_s, routed_pairs=16))
-        self.recorder.record_first_token(ServiceClass.STANDARD, 0.1, 0.01)
-        self.recorder.record_finish(ServiceClass.STANDARD, self.step_time_s)
-        stats = EngineStats(num_running=4, num_waiting=2, kv_used_frac=0.25, levels=Levels(decode=level))
-        return self.recorder.drain(stats, time.monotonic())
-
-
-class Cluster:
-    """What a test started, and the address under which replicas look for the controller."""
-
-    def __init__(self, redis: RedisServer) -> None:
-        self.redis = redis
-        self.address = "127.0.0.1:1"
-        self.services: list[ControllerService] = []
-        self.replicas: list[Replica] = []
-        self.processes: list[asyncio.subprocess.Process] = []
-
-    async def start_controller(self, config: ControllerConfig = CONFIG, redis_url: str = "") -> ControllerService:
-        service = ControllerService(config, redis_url or self.redis.url)
-        self.address = await service.start()
-        self.services.append(service)
-        return service
-
-    async def start_controller_process(self, law: str, level: int) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.integration.controller_process",
-            self.redis.url,
-            law,
-            str(level),
-            stdout=asyncio.subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        self.address = (await process.stdout.readline()).decode().strip()
-        return process
-
-    async def start_replica(self, replica_id: str, model: ModelInfo = MODEL) -> Replica:
-        replica = Replica(replica_id, lambda: self.address, model)
-        self.replicas.append(replica)
-        await replica.agent.start()
-        return replica
-
-    async def stop(self) -> None:
-        for replica in self.replicas:
-            await replica.agent.stop()
-        for service in self.services:
-            await service.stop()
-        for process in self.processes:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-
-
-@pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    with RedisServer.launch(tmp_path) as redis:
-        cluster = Cluster(redis)
-        yield cluster
-        await cluster.stop()
+from tests.integration.control_harness import CONFIG, MODEL, Cluster, until
 
 
 def test_both_ends_sketch_alike() -> None:

@@ -1,0 +1,75 @@
+"""Replicas come and go as the controller plans, through Serve's own autoscaling, and no request notices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from cluster.local import LocalCluster
+from cluster.serve_file import ServeFile
+from tests.e2e.conftest import MODEL
+from tests.e2e.waiting import until
+
+pytestmark = pytest.mark.cluster
+
+NUM_CLIENTS = 24
+BODY = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+
+
+class Load:
+    """Clients that ask again and again until the with-block ends; every status is kept."""
+
+    def __init__(self, url: str, num_clients: int) -> None:
+        self._url = f"{url}/v1/completions"
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
+        self.statuses: list[int] = []
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=120) as client:
+            while not self._stopping.is_set():
+                self.statuses.append(client.post(self._url, json=BODY).status_code)
+
+
+@pytest.fixture
+def scaling_cluster(cluster: LocalCluster, serve_file: Callable[..., ServeFile]) -> Iterator[LocalCluster]:
+    """The cluster of all tests, with room for one replica more than it starts with; put back in the end."""
+    before = cluster.file
+    cluster.redeploy(serve_file(replicas=1, autoscaling={"max_replicas": 2, "down_after_s": 3.0}))
+    yield cluster
+    cluster.redeploy(before)
+
+
+def num_replicas(cluster: LocalCluster) -> int:
+    return len(cluster.controller.status()["models"][MODEL]["replicas"])
+
+
+def test_up_under_load_and_down_again(scaling_cluster: LocalCluster) -> None:
+    cluster = scaling_cluster
+    until(lambda: num_replicas(cluster) == 1)
+    with Load(cluster.url, NUM_CLIENTS) as load:
+        until(lambda: num_replicas(cluster) == 2, timeout_s=90)
+        num_before = len(load.statuses)
+        until(lambda: len(load.statuses) > num_before + NUM_CLIENTS)
+    with Load(cluster.url, 1) as trickle:
+        until(lambda: num_replicas(cluster) == 1, timeout_s=90)
+        num_before = len(trickle.statuses)
+        until(lambda: len(trickle.statuses) > num_before + 3)
+    assert set(load.statuses) | set(trickle.statuses) == {200}
+    plans = [row for row in cluster.controller.decisions(100) if row["kind"] == "plan"]
+    assert [row["decision"]["desired"] for row in plans][:3] == [1, 2, 1]
+    assert plans[0]["reason"] == "consolidate" and plans[1]["reason"] in ("overload", "cold_start")
+    assert plans[0]["inputs"]["cold_start_s"] > 0, "measured while the second replica came"

@@ -1,0 +1,19 @@
+"""A control plane of real processes and sockets for each test that asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.redis_server import RedisServer
+from tests.integration.control_harness import Cluster
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    with RedisServer.launch(tmp_path) as redis:
+        cluster = Cluster(redis)
+        yield cluster
+        await cluster.stop()
