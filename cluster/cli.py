@@ -12,6 +12,7 @@ import click
 from cluster.commands.brownout import brownout
 from cluster.commands.checkpoint import checkpoint
 from cluster.commands.config import config
+from cluster.commands.explain import explain
 from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.unite import unite
@@ -36,12 +37,13 @@ def main() -> None:
       brownoutserve status                     what the controller sees and what it decided
       brownoutserve brownout set 2             pin the brownout level
       brownoutserve brownout auto              give it back to the control law
+      brownoutserve explain 10m                who decided what in the last ten minutes, and why
 
     On a cluster that runs already, deploy with Ray's own command: serve deploy deploy/serve/FILE.yaml
     """
 
 
-for command in (serve, status, brownout, config, unite, checkpoint):
+for command in (serve, status, brownout, explain, config, unite, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray import serve
 
 from cluster.controller_host import NAMESPACE, actor_name
 from cluster.errors import ClusterError
@@ -16,6 +17,7 @@ class ControllerClient:
     """Needs a process connected to the cluster (``ray.init``). Raises ClusterError when there is no controller."""
 
     def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
         try:
             self._actor = ray.get_actor(actor_name(app_name), namespace=NAMESPACE)
         except ValueError as error:
@@ -36,9 +38,35 @@ class ControllerClient:
         decisions: list[dict[str, Any]] = self._ask("decisions", limit)
         return decisions
 
+    def decisions_between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Those of [since_s, until_s), Unix time by the controller's clock, newest first."""
+        decisions: list[dict[str, Any]] = self._ask("decisions_between", since_s, until_s)
+        return decisions
+
+    def decisions_of(self, model_id: str, first: int, last: int) -> list[dict[str, Any]]:
+        """The settings of a model with versions ``first`` to ``last``, newest first."""
+        decisions: list[dict[str, Any]] = self._ask("decisions_of", model_id, first, last)
+        return decisions
+
+    def requests_of(self, request_id: str) -> list[dict[str, Any]]:
+        """What became of an API request's choices and attempts, as far as replicas remember them."""
+        return self._ask_replicas("requests_of", request_id)
+
+    def requests_between(self, since_s: float, until_s: float, limit: int) -> list[dict[str, Any]]:
+        """Requests that ended in [since_s, until_s) by the replicas' clocks; at most ``limit`` of each replica."""
+        return self._ask_replicas("requests_between", since_s, until_s, limit)
+
     def pid(self) -> int:
         pid: int = self._ask("pid")
         return pid
+
+    def _ask_replicas(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        engines = serve.get_deployment_handle("EngineReplica", self._app_name)
+        try:
+            answers = engines.broadcast(method, *args).results(timeout_s=TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise ClusterError(f"the engine replicas do not answer: {error}") from error
+        return sorted((record for answer in answers for record in answer), key=lambda record: record["ended_at_s"])
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:

@@ -65,6 +65,16 @@ class ControllerHost:
         await self.address()
         return self._service.decisions(limit)
 
+    async def decisions_between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Those of [since_s, until_s), Unix time by the controller's clock, newest first."""
+        await self.address()
+        return self._service.decisions_between(since_s, until_s)
+
+    async def decisions_of(self, model_id: str, first: int, last: int) -> list[dict[str, Any]]:
+        """The settings of a model with versions ``first`` to ``last``, newest first."""
+        await self.address()
+        return self._service.decisions_of(model_id, first, last)
+
     async def pid(self) -> int:
         return os.getpid()
 

@@ -9,7 +9,10 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.util import get_node_ip_address
@@ -86,13 +89,13 @@ class EngineReplica:
             self._token,
         )
 
-    async def requests_of(self, request_id: str) -> list[RequestRecord]:
+    async def requests_of(self, request_id: str) -> list[dict[str, Any]]:
         """What became of an API request's choices and attempts here, as far as it is remembered."""
-        return self._engine.request_log.find(request_id)
+        return self._described(self._engine.request_log.find(request_id))
 
-    async def requests_between(self, since_s: float, until_s: float, limit: int) -> list[RequestRecord]:
-        """The newest requests that ended in [since_s, until_s), Unix time."""
-        return self._engine.request_log.between(since_s, until_s, limit)
+    async def requests_between(self, since_s: float, until_s: float, limit: int) -> list[dict[str, Any]]:
+        """The newest requests that ended in [since_s, until_s), Unix time by this machine's clock."""
+        return self._described(self._engine.request_log.between(since_s, until_s, limit))
 
     async def check_health(self) -> None:
         """Serve's probe: EngineDeadError has the replica replaced."""
@@ -107,6 +110,10 @@ class EngineReplica:
         await self._server.stop()
         await self._agent.stop()
         await self._engine.stop()
+
+    def _described(self, records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+        whose = {"replica_id": self._replica_id, "model_id": self._engine.info.name}
+        return [{**whose, **asdict(record)} for record in records]
 
     def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it

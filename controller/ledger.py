@@ -5,6 +5,7 @@
 | setting  | a law, or the guard over it     | a new setting for the replicas                                  |
 | policy   | the operator                    | which law is in force                                           |
 | plan     | the planner                     | how many replicas there should be                               |
+| measures | the arbiter                     | which measures against a threatened SLO are engaged, or needed  |
 | epoch    | the controller                  | a life of the controller began                                  |
 
 Rows live in a ring in memory and, through settings.py, in a capped Redis stream; both forget the oldest first. Rows
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from controller.arbiter import ArbiterDecision
 from controller.planner import FleetObservation, PlanDecision
 from controller.types import Observation, Reason, Setting
 
@@ -81,6 +83,22 @@ class DecisionLedger:
             }
         )
 
+    def append_measures(
+        self, model_id: str, measures: ArbiterDecision, observation: Observation, time_s: float
+    ) -> dict[str, Any]:
+        """Record which rungs the arbiter climbed."""
+        return self._add(
+            {
+                "kind": "measures",
+                "by": "arbiter",
+                "time_s": round(time_s, 3),
+                "model_id": model_id,
+                "reason": measures.reason,
+                "inputs": _summary(observation),
+                "decision": _known(asdict(measures)),
+            }
+        )
+
     def append_epoch(self, epoch: int, address: str, time_s: float) -> dict[str, Any]:
         """Record that a life of the controller began."""
         return self._add(
@@ -99,6 +117,15 @@ class DecisionLedger:
         """At most ``limit`` rows, newest first."""
         rows = [row for row in reversed(self._rows) if model_id in (None, row["model_id"])]
         return rows[: max(limit, 0)]
+
+    def between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Rows of [since_s, until_s), Unix time, newest first."""
+        return [row for row in reversed(self._rows) if since_s <= row["time_s"] < until_s]
+
+    def of_versions(self, model_id: str, first: int, last: int) -> list[dict[str, Any]]:
+        """The settings of a model with versions first to last, newest first."""
+        rows = (row for row in reversed(self._rows) if row["kind"] == "setting" and row["model_id"] == model_id)
+        return [row for row in rows if first <= row["version"] <= last]
 
     def unsaved(self) -> list[str]:
         """Rows that the stream has not got yet, oldest first, as JSON."""

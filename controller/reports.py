@@ -63,13 +63,15 @@ class ClassWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """Where the pairs of one layer went: see telemetry.proto."""
+class ExpertLoad:
+    """Where the pairs went, layer by layer: columns as in telemetry.proto."""
 
-    layer: int
-    active_experts: float
-    balance_index: float
-    hot: tuple[tuple[int, float], ...] = ()  # (expert, share of the layer's pairs), busiest first
+    layer: tuple[int, ...]
+    active_experts: tuple[float, ...]
+    balance_index: tuple[float, ...]
+    num_hot: int
+    hot_expert: tuple[int, ...]
+    hot_share: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +101,4 @@ class StepWindow:
     trim: float = 1.0
     predicted_step_time_s: tuple[float, ...] = ()
     measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
-    layers: tuple[LayerLoad, ...] = ()
+    experts: ExpertLoad | None = None

@@ -81,7 +81,7 @@ class SketchSum:
 
     def add(self, sketch: QuantileSketch) -> None:
         """SketchMismatchError if its resolution is not that of the others."""
-        if sketch.num_values == 0:
+        if not sketch.counts and not sketch.zero_count:
             return
         if self._relative_error not in (None, sketch.relative_error):
             raise SketchMismatchError(
@@ -90,8 +90,9 @@ class SketchSum:
         self._relative_error = sketch.relative_error
         self._zero_count += sketch.zero_count
         self._total += sketch.total
+        counts = self._counts
         for bucket, count in sketch.counts.items():
-            self._counts[bucket] = self._counts.get(bucket, 0) + count
+            counts[bucket] = counts.get(bucket, 0) + count
 
     def value(self) -> QuantileSketch:
         """What it holds, as a view: read it before the next `add`."""

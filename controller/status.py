@@ -37,8 +37,8 @@ def describe_model(
         "setting": asdict(control.setting) if control.setting else None,
         "observation": asdict(control.observation),
         "quality": _describe_quality(control, config, now_s),
-        "measures": None if control.measures is None else asdict(control.measures),
         "plan": None if control.plan is None else _finite(asdict(control.plan)),
+        "measures": None if control.measures is None else _finite(asdict(control.measures)),
         "step_time_s": _describe_shapes(control, now_s),
         "num_windows": {str(verdict): count for verdict, count in control.window.num_windows.items()},
         "replicas": {
@@ -102,7 +102,7 @@ def _describe_replica(
         "kv_used_frac": last.kv_used_frac if last else None,
         "trim": last.trim if last else None,
         "start_s": replica.hello.start_s or None,
-        "layers": [asdict(layer) for layer in last.layers] if last else [],
+        "experts": asdict(last.experts) if last and last.experts else None,
         "applied_epoch": last.applied_epoch if last else replica.hello.applied_epoch,
         "applied_version": last.applied_version if last else replica.hello.applied_version,
     }

@@ -12,7 +12,8 @@ import grpc
 
 from controller.reports import Hello, StepWindow
 from controller.types import Setting
-from controller.wire import WireError, read_hello, read_window, write_setting
+from controller.wire import read_hello, read_window, write_setting
+from controller.wire_parts import WireError
 from protos import control_pb2, control_pb2_grpc
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -19,7 +20,7 @@ from engine.governor import (
 )
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
-from engine.types import BrownoutSetting, Levels, PhaseSetting
+from engine.types import BrownoutSetting, Levels, Phase, PhaseSetting, ServiceClass
 
 MAX_QUEUE_LOOKED_AT = 256  # a step must not cost more the longer the queue is
 SAFE_MARGIN = 0.8  # of the SLO that the safe policy plans for: it has nobody to correct its bias
@@ -158,3 +159,19 @@ def _level_of(batch: ScheduledBatch, levels: Levels) -> int | None:
 def _num_exact(batch: ScheduledBatch) -> int:
     """Tokens of requests that refuse to be dimmed."""
     return sum(item.num_tokens for item in batch if item.sequence.exact)
+
+
+def spent_by_class(
+    batch: ScheduledBatch, levels: Levels, level_loss: Sequence[float]
+) -> dict[ServiceClass, tuple[int, float]]:
+    """class |-> (tokens of the step, sum of their quality loss in nats); no loss where none has been measured."""
+    num_tokens: dict[tuple[ServiceClass, bool, Phase], int] = {}
+    for item in batch:
+        key = (item.sequence.request.service_class, item.sequence.exact, item.phase)
+        num_tokens[key] = num_tokens.get(key, 0) + item.num_tokens
+    spent: dict[ServiceClass, tuple[int, float]] = {}
+    for (service_class, exact, phase), tokens in num_tokens.items():
+        loss_nats = level_loss[0 if exact else levels.of(phase)] if level_loss else 0.0
+        before, lost_nats = spent.get(service_class, (0, 0.0))
+        spent[service_class] = (before + tokens, lost_nats + tokens * loss_nats)
+    return spent

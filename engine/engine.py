@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.brownout import Brownout
+from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
@@ -39,10 +39,9 @@ from engine.types import (
     Levels,
     ModelInfo,
     RequestOutput,
-    ServiceClass,
 )
 
-EXPERT_LOAD_PERIOD_S = 0.25
+EXPERT_LOAD_PERIOD_S = 1.0  # nobody decides on it in a hurry
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,29 +200,19 @@ class Engine:
                 predicted_s=self.brownout.predict_step_s(batch, levels),
                 routed_pairs=batch.num_tokens * self._pairs_per_token,
                 dimmed_pairs=sum(result.dimmed_pairs),
-                spent=self._spent(batch, levels),
+                spent=spent_by_class(batch, levels, self.info.level_loss),
             )
         )
         self.brownout.learn_step(batch, levels, result.step_time_s, self._clock())
         self._record_experts()
-
-    def _spent(self, batch: ScheduledBatch, levels: Levels) -> dict[ServiceClass, tuple[int, float]]:
-        """class |-> (tokens of the step, sum of their quality loss in nats)."""
-        spent: dict[ServiceClass, tuple[int, float]] = {}
-        losses = self.info.level_loss
-        for item in batch:
-            service_class, level = item.sequence.request.service_class, self._level(item, levels)
-            num_tokens, loss_nats = spent.get(service_class, (0, 0.0))
-            loss_nats += item.num_tokens * losses[level] if losses else 0.0
-            spent[service_class] = (num_tokens + item.num_tokens, loss_nats)
-        return spent
 
     def _record_experts(self) -> None:
         counter = self._runner.slot.counter if self._runner is not None else None
         now_s = self._clock()
         if counter is not None and now_s - self._experts_taken_s >= EXPERT_LOAD_PERIOD_S:
             self._experts_taken_s = now_s
-            self.recorder.record_layers(counter.take())
+            if (experts := counter.take()) is not None:
+                self.recorder.record_experts(experts)
 
     def _level(self, item: ScheduledSequence, levels: Levels) -> int:
         return 0 if item.sequence.exact else levels.of(item.phase)

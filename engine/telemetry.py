@@ -64,13 +64,15 @@ class ClassWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """Where the pairs of one MoE layer went in the last few steps."""
+class ExpertLoad:
+    """Where the pairs of each MoE layer went in the last few steps; item i of each column belongs to ``layer[i]``."""
 
-    layer: int
-    active_experts: float  # mean over steps of the experts with at least one pair
-    balance_index: float  # Jain's index over all experts: 1 all alike, 1/E all pairs on one
-    hot: tuple[tuple[int, float], ...]  # (expert, share of the layer's pairs), busiest first
+    layer: tuple[int, ...]
+    active_experts: tuple[float, ...]  # mean over steps of the experts with at least one pair
+    balance_index: tuple[float, ...]  # Jain's index over all experts: 1 all alike, 1/E all pairs on one
+    num_hot: int  # busiest experts named per layer
+    hot_expert: tuple[int, ...]  # num_hot for each layer, busiest first
+    hot_share: tuple[float, ...]  # of the layer's pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class StepWindow:
     trim: float = 1.0
     predicted_step_time_s: tuple[float, ...] = ()
     measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
-    layers: tuple[LayerLoad, ...] = ()
+    experts: ExpertLoad | None = None
 
 
 @dataclass(slots=True)
@@ -142,7 +144,7 @@ class _Open:
     dimmed_pairs: int = 0
     num_preemptions: int = 0
     measured_per_predicted: QuantileSketch = field(default_factory=QuantileSketch)
-    layers: tuple[LayerLoad, ...] = ()
+    experts: ExpertLoad | None = None
 
 
 class TelemetryRecorder:
@@ -188,10 +190,10 @@ class TelemetryRecorder:
             totals.routed_pairs += step.routed_pairs
             totals.dimmed_pairs += step.dimmed_pairs
 
-    def record_layers(self, layers: tuple[LayerLoad, ...]) -> None:
+    def record_experts(self, experts: ExpertLoad) -> None:
         """The newest account of where pairs go; the window keeps the last one it got."""
         with self._lock:
-            self._open.layers = layers
+            self._open.experts = experts
 
     def record_first_token(self, service_class: ServiceClass, ttft_s: float, queue_wait_s: float) -> None:
         """A request's first token left; ``ttft_s`` includes the ``queue_wait_s`` before its first step."""
@@ -253,7 +255,7 @@ class TelemetryRecorder:
             trim=trim,
             predicted_step_time_s=predicted_step_time_s,
             measured_per_predicted=closed.measured_per_predicted,
-            layers=closed.layers,
+            experts=closed.experts,
         )
 
     def totals(self) -> Totals:

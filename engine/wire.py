@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.sketch import RELATIVE_ERROR, QuantileSketch
-from engine.telemetry import ClassWindow, LayerLoad, PhaseWindow, StepWindow
+from engine.telemetry import ClassWindow, ExpertLoad, PhaseWindow, StepWindow
 from engine.types import BrownoutSetting, Phase, PhaseSetting
 from protos import control_pb2, telemetry_pb2
 
@@ -79,7 +79,7 @@ def window_to_proto(window: StepWindow) -> telemetry_pb2.StepWindow:
         trim=window.trim,
         predicted_step_time_s=window.predicted_step_time_s,
         measured_per_predicted=_sketch_to_proto(window.measured_per_predicted),
-        layers=[_layer_to_proto(layer) for layer in window.layers],
+        experts=_experts_to_proto(window.experts),
     )
 
 
@@ -113,13 +113,16 @@ def _class_to_proto(service_class: str, part: ClassWindow) -> telemetry_pb2.Clas
     )
 
 
-def _layer_to_proto(layer: LayerLoad) -> telemetry_pb2.LayerLoad:
-    return telemetry_pb2.LayerLoad(
-        layer=layer.layer,
-        active_experts=layer.active_experts,
-        balance_index=layer.balance_index,
-        hot_expert=[expert for expert, _ in layer.hot],
-        hot_share=[share for _, share in layer.hot],
+def _experts_to_proto(experts: ExpertLoad | None) -> telemetry_pb2.ExpertLoad | None:
+    if experts is None:
+        return None
+    return telemetry_pb2.ExpertLoad(
+        layer=experts.layer,
+        active_experts=experts.active_experts,
+        balance_index=experts.balance_index,
+        num_hot=experts.num_hot,
+        hot_expert=experts.hot_expert,
+        hot_share=experts.hot_share,
     )
 
 

@@ -82,22 +82,24 @@ class ClassWindow(_message.Message):
     loss_nats: float
     def __init__(self, service_class: _Optional[str] = ..., num_finished: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_ttft_ok: _Optional[int] = ..., num_tpot_ok: _Optional[int] = ..., queue_wait_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., ttft_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., tpot_s: _Optional[_Union[QuantileSketch, _Mapping]] = ..., num_tokens: _Optional[int] = ..., loss_nats: _Optional[float] = ...) -> None: ...
 
-class LayerLoad(_message.Message):
-    __slots__ = ("layer", "active_experts", "balance_index", "hot_expert", "hot_share")
+class ExpertLoad(_message.Message):
+    __slots__ = ("layer", "active_experts", "balance_index", "num_hot", "hot_expert", "hot_share")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     BALANCE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOT_FIELD_NUMBER: _ClassVar[int]
     HOT_EXPERT_FIELD_NUMBER: _ClassVar[int]
     HOT_SHARE_FIELD_NUMBER: _ClassVar[int]
-    layer: int
-    active_experts: float
-    balance_index: float
+    layer: _containers.RepeatedScalarFieldContainer[int]
+    active_experts: _containers.RepeatedScalarFieldContainer[float]
+    balance_index: _containers.RepeatedScalarFieldContainer[float]
+    num_hot: int
     hot_expert: _containers.RepeatedScalarFieldContainer[int]
     hot_share: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, layer: _Optional[int] = ..., active_experts: _Optional[float] = ..., balance_index: _Optional[float] = ..., hot_expert: _Optional[_Iterable[int]] = ..., hot_share: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, layer: _Optional[_Iterable[int]] = ..., active_experts: _Optional[_Iterable[float]] = ..., balance_index: _Optional[_Iterable[float]] = ..., num_hot: _Optional[int] = ..., hot_expert: _Optional[_Iterable[int]] = ..., hot_share: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepWindow(_message.Message):
-    __slots__ = ("replica_id", "model_id", "incarnation", "sequence", "window_s", "phases", "classes", "num_running", "num_waiting", "queued_prefill_tokens", "oldest_wait_s", "kv_used_frac", "level_prefill", "level_decode", "routed_pairs", "dimmed_pairs", "num_preemptions", "applied_epoch", "applied_version", "lease_expired", "trim", "predicted_step_time_s", "measured_per_predicted", "layers")
+    __slots__ = ("replica_id", "model_id", "incarnation", "sequence", "window_s", "phases", "classes", "num_running", "num_waiting", "queued_prefill_tokens", "oldest_wait_s", "kv_used_frac", "level_prefill", "level_decode", "routed_pairs", "dimmed_pairs", "num_preemptions", "applied_epoch", "applied_version", "lease_expired", "trim", "predicted_step_time_s", "measured_per_predicted", "experts")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -121,7 +123,7 @@ class StepWindow(_message.Message):
     TRIM_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
     MEASURED_PER_PREDICTED_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model_id: str
     incarnation: int
@@ -145,5 +147,5 @@ class StepWindow(_message.Message):
     trim: float
     predicted_step_time_s: _containers.RepeatedScalarFieldContainer[float]
     measured_per_predicted: QuantileSketch
-    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
-    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., window_s: _Optional[float] = ..., phases: _Optional[_Iterable[_Union[PhaseWindow, _Mapping]]] = ..., classes: _Optional[_Iterable[_Union[ClassWindow, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., kv_used_frac: _Optional[float] = ..., level_prefill: _Optional[int] = ..., level_decode: _Optional[int] = ..., routed_pairs: _Optional[int] = ..., dimmed_pairs: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., lease_expired: _Optional[bool] = ..., trim: _Optional[float] = ..., predicted_step_time_s: _Optional[_Iterable[float]] = ..., measured_per_predicted: _Optional[_Union[QuantileSketch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
+    experts: ExpertLoad
+    def __init__(self, replica_id: _Optional[str] = ..., model_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., window_s: _Optional[float] = ..., phases: _Optional[_Iterable[_Union[PhaseWindow, _Mapping]]] = ..., classes: _Optional[_Iterable[_Union[ClassWindow, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., kv_used_frac: _Optional[float] = ..., level_prefill: _Optional[int] = ..., level_decode: _Optional[int] = ..., routed_pairs: _Optional[int] = ..., dimmed_pairs: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., applied_epoch: _Optional[int] = ..., applied_version: _Optional[int] = ..., lease_expired: _Optional[bool] = ..., trim: _Optional[float] = ..., predicted_step_time_s: _Optional[_Iterable[float]] = ..., measured_per_predicted: _Optional[_Union[QuantileSketch, _Mapping]] = ..., experts: _Optional[_Union[ExpertLoad, _Mapping]] = ...) -> None: ...

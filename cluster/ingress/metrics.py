@@ -31,6 +31,12 @@ GAUGES: dict[str, tuple[str, Callable[[ReplicaReport], float]]] = {
     "levels": ("Length of the ladder, level 0 included.", lambda r: r.info.num_levels),
 }
 COUNTERS: dict[str, tuple[str, Callable[[ReplicaReport], float]]] = {
+    "predicted_steps": ("Steps whose time had been predicted.", lambda r: r.totals.predicted_steps),
+    "prediction_error_seconds": (
+        "Sum of |measured - predicted| step time over them.",
+        lambda r: r.totals.prediction_error_s,
+    ),
+    "loss_nats": ("Sum of the quality loss of the level over computed tokens.", lambda r: r.totals.loss_nats),
     "steps": ("Engine steps.", lambda r: r.totals.num_steps),
     "step_seconds": ("Time spent in engine steps.", lambda r: r.totals.step_time_s),
     "preemptions": ("Requests preempted.", lambda r: r.totals.num_preemptions),

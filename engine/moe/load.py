@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.telemetry import LayerLoad
+from engine.telemetry import ExpertLoad
 
 NUM_HOT = 4  # experts named per layer
 
@@ -56,8 +56,8 @@ class ExpertCounter:
         self._step.zero_()
         self._total.zero_()
 
-    def take(self) -> tuple[LayerLoad, ...]:
-        """The steps between the two copies before; starts a new copy. Empty if there were none.
+    def take(self) -> ExpertLoad | None:
+        """The steps between the two copies before; starts a new copy. None if there were none.
 
         The copy is read at the next call: by then a step's own results have been waited for, and with them the copy.
         """
@@ -67,24 +67,24 @@ class ExpertCounter:
         self._copied.copy_(self._total, non_blocking=True)
         self._copied_steps = self._num_steps
         if not new_steps:
-            return ()
+            return None
         return summarise(self._layers, new[:, :-1], new[:, -1], self._num_packed, new_steps)
 
 
 def summarise(
     layers: Sequence[int], pairs: np.ndarray, active: np.ndarray, num_packed: np.ndarray, num_steps: int
-) -> tuple[LayerLoad, ...]:
-    """One account per layer; ``pairs`` [L, N] and ``active`` [L] are sums over the steps, ``num_packed`` is [L]."""
+) -> ExpertLoad:
+    """``pairs`` [L, N] and ``active`` [L] are sums over the steps, ``num_packed`` is [L]."""
     totals = np.maximum(pairs.sum(axis=1), 1)
     squares = np.maximum((pairs.astype(float) ** 2).sum(axis=1), 1.0)
-    balance = totals.astype(float) ** 2 / (num_packed * squares)
-    hot = np.argsort(-pairs, axis=1, kind="stable")[:, :NUM_HOT]
-    return tuple(
-        LayerLoad(
-            layer=layer,
-            active_experts=float(active[row]) / num_steps,
-            balance_index=min(float(balance[row]), 1.0),
-            hot=tuple((int(e), float(pairs[row, e] / totals[row])) for e in hot[row] if pairs[row, e]),
-        )
-        for row, layer in enumerate(layers)
+    balance = np.minimum(totals.astype(float) ** 2 / (num_packed * squares), 1.0)
+    num_hot = min(NUM_HOT, pairs.shape[1])
+    hot = np.argsort(-pairs, axis=1, kind="stable")[:, :num_hot]
+    return ExpertLoad(
+        layer=tuple(layers),
+        active_experts=tuple((active / num_steps).tolist()),
+        balance_index=tuple(balance.tolist()),
+        num_hot=num_hot,
+        hot_expert=tuple(hot.flatten().tolist()),
+        hot_share=tuple((np.take_along_axis(pairs, hot, axis=1) / totals[:, None]).flatten().tolist()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -112,6 +113,34 @@ def test_steering_a_running_cluster(mark: str, cluster: LocalCluster) -> None:
         assert_one_sentence(run(mark, "brownout", *address, "law", "fuzzy"), 2, "'fuzzy'", "predictive")
     finally:
         cluster.controller.set_policy("off")
+
+
+@pytest.mark.cluster
+def test_explaining_a_request_and_a_time_range(mark: str, cluster: LocalCluster) -> None:
+    address = ["--address", cluster.gcs_address]
+    cluster.controller.set_policy("static", 1)
+    try:
+        version = cluster.controller.status()["models"][MODEL]["version"]
+        replicas = lambda: cluster.controller.status()["models"][MODEL]["replicas"].values()  # noqa: E731
+        until(lambda: all(replica["applied_version"] == version for replica in replicas()))
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        headers = {"x-request-id": f"explain-{mark}"}
+        assert httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+    finally:
+        cluster.controller.set_policy("off")
+    told = run(mark, "explain", *address, f"explain-{mark}")
+    assert told.returncode == 0, told.stderr
+    for words in ("class standard", "first token after", "pinned at 1", "operator", "pinned"):
+        assert words in told.stdout
+    shown = run(mark, "explain", *address, "--json", f"explain-{mark}")
+    report = json.loads(shown.stdout)
+    (request,) = report["requests"]
+    assert (request["level_peak"], request["completion_tokens"]) == (1, 4)
+    assert request["first_setting_version"] <= report["decisions"][0]["version"] <= request["last_setting_version"]
+    ranged = run(mark, "explain", *address, "1h")
+    assert ranged.returncode == 0, ranged.stderr
+    assert "requests ended" in ranged.stdout and "operator" in ranged.stdout
+    assert_one_sentence(run(mark, "explain", *address, "nobody"), 1, "'nobody'", "10m")
 
 
 @pytest.mark.cluster

@@ -21,7 +21,7 @@ from controller.wire import read_window
 from engine.agent import TelemetryAgent
 from engine.config import SloConfig
 from engine.sketch import RELATIVE_ERROR
-from engine.telemetry import LayerLoad, StepRecord, StepWindow, TelemetryRecorder
+from engine.telemetry import ExpertLoad, StepRecord, StepWindow, TelemetryRecorder
 from engine.types import BrownoutSetting, EngineStats, Levels, ServiceClass
 from engine.wire import window_to_proto
 from protos import control_pb2, control_pb2_grpc, telemetry_pb2
@@ -37,7 +37,7 @@ def test_both_ends_read_a_window_alike() -> None:
     spent = {ServiceClass.STANDARD: (9, 0.5), ServiceClass.FULL: (3, 0.0)}
     recorder.record_step(StepRecord(8, 4, Levels(1, 2), 0.2, 0.1, routed_pairs=48, dimmed_pairs=8, spent=spent))
     recorder.record_first_token(ServiceClass.STANDARD, 0.3, 0.1)
-    recorder.record_layers((LayerLoad(1, 3.0, 0.5, ((7, 0.25),)),))
+    recorder.record_experts(ExpertLoad((1,), (3.0,), (0.5,), 1, (7,), (0.25,)))
     sent = recorder.drain(EngineStats(num_running=4, kv_used_frac=0.25), 0.25, predicted_step_time_s=(0.3,) * 5)
     message = window_to_proto(sent)
     message.replica_id, message.model_id, message.incarnation = "a", "model", 1
@@ -46,7 +46,8 @@ def test_both_ends_read_a_window_alike() -> None:
     assert (read.classes["standard"].num_tokens, read.classes["standard"].loss_nats) == (9, 0.5)
     assert read.classes["standard"].ttft_s.quantile(0.5) == pytest.approx(0.3, rel=0.01)
     assert read.measured_per_predicted.quantile(0.5) == pytest.approx(2.0, rel=0.01)
-    assert [(layer.layer, layer.active_experts, layer.hot) for layer in read.layers] == [(1, 3.0, ((7, 0.25),))]
+    assert read.experts is not None
+    assert (read.experts.layer, read.experts.active_experts, read.experts.hot_expert) == ((1,), (3.0,), (7,))
     assert read.predicted_step_time_s == (0.3,) * 5
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controller.config import ControllerConfig
 from controller.laws.base import LawError
 from controller.model_control import ModelControl, Policy
-from controller.reports import Hello
-from controller.types import Reason
+from controller.planner import PlannerParams
+from controller.reports import Hello, StepWindow
+from controller.types import Decision, PhaseDecision, Reason, Setting
 
 CONFIG = ControllerConfig(law="static", level=2)
 
@@ -86,3 +89,54 @@ def test_a_new_epoch_numbers_the_same_decision_anew(control: ModelControl) -> No
     again = control.tick(0.2)
     assert first is not None and again is not None
     assert (again.epoch, again.version, again.decision) == (9, 2, first.decision)
+
+
+def fleet_report(replica_id: str, sequence: int, waiting: int) -> StepWindow:
+    return StepWindow(
+        replica_id,
+        "model",
+        1,
+        sequence,
+        0.25,
+        num_running=16,
+        num_waiting=waiting,
+        predicted_step_time_s=(0.09, 0.08, 0.07, 0.06, 0.05),
+    )
+
+
+def test_a_crowd_gets_more_replicas() -> None:
+    config = replace(CONFIG, planner=PlannerParams(max_replicas=3, down_after_s=5.0))
+    control = ModelControl("model", config, Policy("static", config.params), epoch=1)
+    profile = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "full_step_time_s": (0.09, 0.08, 0.07, 0.06, 0.05)}
+    control.join(replace(hello("a"), **profile, start_s=7.0), 0.0)
+    control.tick(0.0)
+    control.tick_plan(0.0)
+    assert control.plan is not None and (control.plan.desired, control.plan.reason) == (1, "no_data")
+    control.window.offer(fleet_report("a", 1, waiting=40), 1.0)
+    control.tick(1.0)
+    assert control.tick_plan(1.0)
+    assert control.plan.desired == 3 and control.plan.cold_start_s == 7.0
+    control.join(replace(hello("b"), **profile), 10.0)
+    control.window.offer(fleet_report("a", 2, waiting=0), 10.0)
+    control.tick_plan(10.0)
+    assert control.fleet is not None
+    assert (control.fleet.num_ready, control.fleet.num_starting, control.fleet.cold_start_s) == (2, 1, 9.0)
+
+
+def test_without_a_planner_nothing_is_planned(control: ModelControl) -> None:
+    assert control.tick_plan(0.0) is False
+    control.join(hello(), 0.0)
+    control.tick(0.0)
+    control.tick_plan(0.0)
+    assert control.plan is None
+
+
+def test_the_decision_that_a_replica_follows_is_where_a_law_without_memory_begins() -> None:
+    phase = PhaseDecision(3, 3, 0.1, 1.0)
+    followed = Setting(Decision(phase, phase, "aimd", Reason.SLO_VIOLATED), "model", 2, 8, 2.0)
+    config = replace(CONFIG, law="aimd", level=0, slew_levels=1)
+    control = ModelControl("model", config, Policy("aimd"), epoch=3)
+    control.join(replace(hello(applied=(2, 8)), applied=followed), 0.0)
+    setting = control.tick(0.0)
+    assert setting is not None and setting.version == 9
+    assert abs(setting.decision.decode.floor - 3) <= 1

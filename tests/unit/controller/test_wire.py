@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.reports import Hello, LayerLoad, ShapeWindow
+from controller.reports import ExpertLoad, Hello, ShapeWindow
 from controller.types import Decision, Phase, PhaseDecision, Reason, Setting
-from controller.wire import MAX_CLASSES, WireError, read_hello, read_window, write_setting
+from controller.wire import MAX_CLASSES, read_hello, read_window, write_setting
+from controller.wire_parts import WireError
 from protos import control_pb2, telemetry_pb2
 
 HELLO = Hello("replica", "model", 7, 4, True, level_loss=(0.0, 0.1, 0.2, 0.3))
@@ -66,11 +67,9 @@ def sound_window() -> telemetry_pb2.StepWindow:
             )
         ],
         measured_per_predicted=sketch,
-        layers=[
-            telemetry_pb2.LayerLoad(
-                layer=2, active_experts=7.5, balance_index=0.5, hot_expert=[5, 1], hot_share=[0.4, 0.1]
-            )
-        ],
+        experts=telemetry_pb2.ExpertLoad(
+            layer=[2], active_experts=[7.5], balance_index=[0.5], num_hot=2, hot_expert=[5, 1], hot_share=[0.5, 0.25]
+        ),
         kv_used_frac=0.5,
         level_decode=3,
         routed_pairs=10,
@@ -90,7 +89,7 @@ def test_sound_messages_come_through() -> None:
     assert decode.shapes == {4: ShapeWindow(3, 0.5)}
     assert (window.classes["standard"].num_tokens, window.classes["standard"].loss_nats) == (10, 2.9)
     assert window.measured_per_predicted.num_values == 3
-    assert window.layers == (LayerLoad(2, 7.5, 0.5, ((5, 0.4), (1, 0.1))),)
+    assert window.experts == ExpertLoad((2,), (7.5,), (0.5,), 2, (5, 1), (0.5, 0.25))
     assert (window.trim, window.predicted_step_time_s[0]) == (1.1, 0.4)
 
 
@@ -145,8 +144,9 @@ BAD_WINDOWS: dict[str, Callable[[Window], object]] = {
     "log2_tokens": lambda m: setattr(m.phases[0].shapes[0], "log2_tokens", 99),
     "shapes.step_time_s": lambda m: setattr(m.phases[0].shapes[0], "step_time_s", math.inf),
     "measured_per_predicted": lambda m: setattr(m.measured_per_predicted, "relative_error", 0.5),
-    "hot_share": lambda m: m.layers[0].hot_share.pop(),
-    "fraction": lambda m: setattr(m.layers[0], "balance_index", 1.5),
+    "hot_share": lambda m: m.experts.hot_share.pop(),
+    "balance": lambda m: m.experts.balance_index.__setitem__(0, 1.5),
+    "active_experts": lambda m: m.experts.active_experts.append(math.nan),
     "incarnation": lambda m: setattr(m, "incarnation", 8),
     "classes": lambda m: m.classes.extend([m.classes[0]] * MAX_CLASSES),
 }

@@ -206,11 +206,11 @@ def test_every_pair_is_counted_on_its_expert(model: str) -> None:
     slot = engine.leave()
     assert slot.counter is not None
     slot.counter.take()
-    layers = slot.counter.take()
-    assert [layer.layer for layer in layers] == [0, 1, 2]
+    experts = slot.counter.take()
+    assert experts is not None and experts.layer == (0, 1, 2)
     pairs_per_layer = engine.stats().num_tokens * slot.spec.num_experts_per_token
     assert slot.counter._total[:, :-1].sum(dim=1).tolist() == [pairs_per_layer] * 3
-    assert all(4 <= layer.active_experts <= 12 for layer in layers)
+    assert all(4 <= num_active <= 12 for num_active in experts.active_experts)
 
 
 def test_a_dimmed_prefix_is_never_reused_by_a_full_class_request(model: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import SloConfig
 from engine.sketch import RELATIVE_ERROR, QuantileSketch
-from engine.telemetry import LayerLoad, StepRecord, StepWindow, TelemetryRecorder
+from engine.telemetry import ExpertLoad, StepRecord, StepWindow, TelemetryRecorder
 from engine.types import EngineStats, Levels, Phase, ServiceClass
 
 
@@ -146,8 +146,8 @@ def test_the_models_error_is_measured_over_predicted(recorder: TelemetryRecorder
     assert (totals.predicted_steps, totals.prediction_error_s) == (1, pytest.approx(0.1))
 
 
-def test_layers_are_reported_once(recorder: TelemetryRecorder) -> None:
-    layers = (LayerLoad(3, 8.0, 0.5, ((2, 0.4),)),)
-    recorder.record_layers(layers)
-    assert drain(recorder).layers == layers
-    assert drain(recorder, 10.5).layers == ()
+def test_experts_are_reported_once(recorder: TelemetryRecorder) -> None:
+    experts = ExpertLoad((3,), (8.0,), (0.5,), 1, (2,), (0.4,))
+    recorder.record_experts(experts)
+    assert drain(recorder).experts == experts
+    assert drain(recorder, 10.5).experts is None

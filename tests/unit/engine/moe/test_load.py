@@ -18,27 +18,30 @@ def test_counts_and_active_experts_by_layer() -> None:
         counter.count_(2, torch.tensor([[0, 2], [2, 2]], dtype=torch.int32))
         counter.count_(5, torch.tensor([[3, 1], [3, 4], [3, 3]]))
         counter.end_step_()
-    assert counter.take() == (), "the first call only starts the copy"
-    narrow, wide = counter.take()
-    assert (narrow.layer, narrow.active_experts, narrow.hot) == (2, 1.0, ((0, 1.0),))
-    assert narrow.balance_index == pytest.approx(1 / 2)
-    assert (wide.layer, wide.active_experts, wide.hot) == (5, 2.0, ((3, 0.8), (1, 0.2)))
-    assert counter.take() == (), "no step since"
+    assert counter.take() is None, "the first call only starts the copy"
+    seen = counter.take()
+    assert seen is not None
+    assert (seen.layer, seen.active_experts, seen.num_hot) == ((2, 5), (1.0, 2.0), 4)
+    assert seen.balance_index[0] == pytest.approx(1 / 2)
+    assert (seen.hot_expert[0], seen.hot_share[0]) == (0, 1.0)
+    assert (seen.hot_expert[4:6], seen.hot_share[4:]) == ((3, 1), (0.8, 0.2, 0.0, 0.0))
+    assert counter.take() is None, "no step since"
 
 
 def test_each_step_is_told_once() -> None:
     counter = ExpertCounter({0: 3}, CPU)
     told = []
-    for expert in (0, 1, 1):
-        counter.count_(0, torch.tensor([[expert]]))
-        counter.end_step_()
-        told += [layer.hot for layer in counter.take()]
-    told += [layer.hot for layer in counter.take()]
-    assert told == [((0, 1.0),), ((1, 1.0),), ((1, 1.0),)]
+    for expert in (0, 1, 1, None):
+        if expert is not None:
+            counter.count_(0, torch.tensor([[expert]]))
+            counter.end_step_()
+        told.append(counter.take())
+    assert told[0] is None
+    assert [seen.hot_expert[0] for seen in told if seen is not None] == [0, 1, 1]
 
 
 def test_balance_index() -> None:
     pairs = np.array([[5, 5, 5, 5], [20, 0, 0, 0]])
-    even, skewed = summarise((0, 1), pairs, np.array([8, 2]), np.array([4, 4]), num_steps=2)
-    assert (even.balance_index, even.active_experts) == (1.0, 4.0)
-    assert (skewed.balance_index, skewed.active_experts) == (0.25, 1.0)
+    seen = summarise((0, 1), pairs, np.array([8, 2]), np.array([4, 4]), num_steps=2)
+    assert seen.balance_index == (1.0, 0.25)
+    assert seen.active_experts == (4.0, 1.0)
