@@ -22,7 +22,8 @@ SHOWN = ("policy", "epoch", "redis_ok", "models")
 
 
 class PolicyBody(Body):
-    """``law``: "auto" (the deployed one), "off", "static" with a level, or another law's name; a level alone pins."""
+    """``law``: "auto" (the deployed one), "off", "freeze", "static" with a level, or another law's name; a level alone
+    pins."""
 
     law: str = "static"
     level: Annotated[int, Field(ge=0)] | None = None
@@ -51,8 +52,6 @@ class ControllerAdmin:
         return status
 
     async def set_policy(self, law: str, level: int | None) -> None:
-        if law == "auto":
-            law = await self._ask("configured_law")
         await self._ask("set_policy", law, level)
 
     async def _ask(self, method: str, *args: Any) -> Any:
