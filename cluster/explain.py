@@ -141,9 +141,6 @@ def evidence(row: Mapping[str, Any]) -> str:
         ready, starting = seen.get("num_ready", 0), seen.get("num_starting", 0)
         waiting, running = seen.get("num_waiting", 0), seen.get("num_running", 0)
         return f"{ready} ready, {starting} starting, {running} running, {waiting} waiting"
-    if row["kind"] == "measures":
-        dimmed = f", {seen['ttft_dimmed_s']:.2f} s dimmed" if "ttft_dimmed_s" in seen else ""
-        return f"a new request would wait {seen.get('ttft_level0_s', 0.0):.2f} s at level 0{dimmed}"
     if row["kind"] == "epoch":
         return f"at {row['decision']['address']}"
     parts = [

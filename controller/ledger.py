@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from controller.arbiter import ArbiterDecision, ArbiterObservation
+from controller.arbiter import ArbiterDecision
 from controller.planner import FleetObservation, PlanDecision
 from controller.types import Observation, Reason, Setting
 
@@ -84,7 +84,7 @@ class DecisionLedger:
         )
 
     def append_measures(
-        self, model_id: str, measures: ArbiterDecision, threat: ArbiterObservation, time_s: float
+        self, model_id: str, measures: ArbiterDecision, observation: Observation, time_s: float
     ) -> dict[str, Any]:
         """Record which rungs the arbiter climbed."""
         return self._add(
@@ -94,7 +94,7 @@ class DecisionLedger:
                 "time_s": round(time_s, 3),
                 "model_id": model_id,
                 "reason": measures.reason,
-                "inputs": _known(asdict(threat)),
+                "inputs": _summary(observation),
                 "decision": _known(asdict(measures)),
             }
         )

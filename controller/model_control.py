@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controller.arbiter import ArbiterDecision, ArbiterObservation, arbitrate
+from controller.arbiter import ArbiterDecision, arbitrate
 from controller.config import ControllerConfig
-from controller.fleet import observe_fleet, observe_threat
+from controller.fleet import observe_fleet
 from controller.guard import GuardState, guarded_step
 from controller.laws.base import Law, create_law
 from controller.planner import FleetObservation, PlanDecision, Planner
+from controller.promise import observe_promise
 from controller.quality import QualityAccount
 from controller.reports import Hello
 from controller.types import Decision, Observation, Setting
 from controller.window import ModelWindow
-
-TELL_MEASURES_S = 1.0  # a load at the edge of a rung would fill the ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,7 @@ class ModelControl:
         self.guard = GuardState()
         self.fleet: FleetObservation | None = None
         self.plan: PlanDecision | None = None
-        self.threat: ArbiterObservation | None = None
-        self.measures: ArbiterDecision | None = None  # what is done, or would help, about the threat
-        self._told: ArbiterDecision | None = None  # the measures last reported as changed
-        self._told_at_s = float("-inf")
+        self.measures: ArbiterDecision | None = None  # what the state of the promise calls for, mildest first
         self._config = config
         self._epoch = epoch
         self._version = 0
@@ -112,44 +108,35 @@ class ModelControl:
         self.guard, self._state, self.decision = guarded_step(
             self._config.guard, self.guard, self._law, self._state, self.observation, now_s
         )
+        self.measures = self._arbitrate(self.decision, now_s)
         if self.setting is not None and _same_order(self.setting.decision, self.decision):
             return None
         self._version += 1
         self.setting = Setting(self.decision, self.model_id, self._epoch, self._version, self._config.lease_s)
         return self.setting
 
-    def tick_fleet(self, now_s: float) -> tuple[bool, bool]:
-        """Plan the fleet and weigh what helps; whether the plan, and whether the measures changed.
-
-        Nothing is planned without a planner, and nothing is weighed before a replica came.
-        """
-        hellos = [replica.hello for replica in self.window.replicas.values()]
-        if not (hellos or self.plan):
-            return False, False
-        fresh, asked = self.window.fresh(now_s), self.plan.desired if self.plan else None
-        self.fleet = observe_fleet(hellos, fresh, asked, self._cold_start_s)
-        plan_changed = self._tick_plan(len(hellos), self.fleet, now_s)
-        self.threat = observe_threat(
-            self.fleet,
-            fresh,
+    def _arbitrate(self, decision: Decision, now_s: float) -> ArbiterDecision:
+        planner = self._config.planner
+        seen = observe_promise(
+            {replica_id: replica.hello for replica_id, replica in self.window.replicas.items()},
+            self.window.fresh(now_s),
             self.observation,
+            decision,
             self._config.slo_of(self.model_id),
-            ceiling=self.decision.prefill.ceiling if self.decision else 0,
-            desired=self.plan.desired if self.plan else None,
-            max_replicas=self._config.planner.max_replicas if self._config.planner else len(hellos),
+            self.plan.desired if self.plan else None,
+            planner.max_replicas if planner else None,
         )
-        self.measures = arbitrate(self.threat)
-        is_news = self._told is None or self._told.rungs != self.measures.rungs
-        if not is_news or now_s - self._told_at_s < TELL_MEASURES_S:
-            return plan_changed, False
-        self._told, self._told_at_s = self.measures, now_s
-        return plan_changed, True
+        return arbitrate(seen)
 
-    def _tick_plan(self, num_ready: int, fleet: FleetObservation, now_s: float) -> bool:
-        if self._planner is None or self._plan_state is None:
+    def tick_plan(self, now_s: float) -> bool:
+        """Plan the fleet; whether the plan changed. Nothing is planned without a planner or before a replica came."""
+        hellos = [replica.hello for replica in self.window.replicas.values()]
+        if self._planner is None or self._plan_state is None or not (hellos or self.plan):
             return False
-        self._plan_state, plan = self._planner.step(self._plan_state, fleet, now_s)
-        if plan.desired <= num_ready:
+        desired = self.plan.desired if self.plan else None
+        self.fleet = observe_fleet(hellos, self.window.fresh(now_s), desired, self._cold_start_s)
+        self._plan_state, plan = self._planner.step(self._plan_state, self.fleet, now_s)
+        if plan.desired <= len(hellos):
             self._asked_at_s = None
         elif self._asked_at_s is None:
             self._asked_at_s = now_s

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 from redis.exceptions import RedisError
 
+from controller.arbiter import Rung
 from controller.config import ControllerConfig
 from controller.model_control import ModelControl
 from controller.reports import Hello, StepWindow
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 RESTORE_TIMEOUT_S = 2.0  # how long the start waits for Redis; later it restores as soon as Redis answers
 SAVE_INTERVAL_S = 1.0  # also without a change, so that a Redis that lost its data gets it back
 STOP_GRACE_S = 0.2
+TELL_MEASURES_S = 1.0
 
 
 class ControllerService:
@@ -43,6 +45,7 @@ class ControllerService:
         self._store = SettingsStore(redis_url, config.key_prefix)
         self._state = ControllerState(config)
         self._streams: dict[tuple[str, str], ReplicaStream] = {}  # (model_id, replica_id) |-> newest stream
+        self._told: dict[str, tuple[tuple[Rung, ...], float]] = {}  # model_id |-> measures last recorded, and when
         self._restored = False
         self._redis_ok = False
         self._changed = asyncio.Event()
@@ -209,14 +212,20 @@ class ControllerService:
         self._changed.set()
 
     def _plan(self, control: ModelControl, now_s: float) -> None:
-        plan_changed, measures_changed = control.tick_fleet(now_s)
-        if measures_changed and control.measures is not None and control.threat is not None:
-            self._state.ledger.append_measures(control.model_id, control.measures, control.threat, time.time())
-            self._changed.set()
-        if plan_changed and control.plan is not None and control.fleet is not None:
+        self._tell_measures(control, now_s)
+        if control.tick_plan(now_s) and control.plan is not None and control.fleet is not None:
             self._state.ledger.append_plan(control.model_id, control.plan, control.fleet, time.time())
             log.info("%s should have %d replicas: %s", control.model_id, control.plan.desired, control.plan.reason)
             self._changed.set()
+
+    def _tell_measures(self, control: ModelControl, now_s: float) -> None:
+        """Record other rungs than before, once a second: a load at the edge of one would fill the ledger."""
+        rungs, told_at_s = self._told.get(control.model_id, (None, float("-inf")))
+        if control.measures is None or control.measures.rungs == rungs or now_s - told_at_s < TELL_MEASURES_S:
+            return
+        self._told[control.model_id] = (control.measures.rungs, now_s)
+        self._state.ledger.append_measures(control.model_id, control.measures, control.observation, time.time())
+        self._changed.set()
 
     def _renew_leases(self, control: ModelControl, now_s: float) -> None:
         if control.setting is None:

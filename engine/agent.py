@@ -29,7 +29,7 @@ ADDRESS_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 2.0
 
 _CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_time_ms", 5000),  # silence is noticed sooner: see _converse
     ("grpc.keepalive_timeout_ms", 1000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),  # or a new channel would inherit the old one's connect backoff

@@ -6,6 +6,7 @@ The dataclasses mirror telemetry.proto; agent.py puts them on the wire. Pure: no
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
@@ -13,6 +14,8 @@ from typing import TypeVar
 from engine.config import SloConfig
 from engine.sketch import QuantileSketch
 from engine.types import EngineStats, Levels, Phase, ServiceClass
+
+MAX_PENDING_STEPS = 64
 
 
 @dataclass(slots=True)
@@ -160,31 +163,43 @@ class TelemetryRecorder:
         self._opened_at_s = now_s
         self._sequence = 0
         self._totals = Totals()
+        self._steps: deque[StepRecord] = deque()  # not added up yet
 
     def record_step(self, step: StepRecord) -> None:
-        """One step of the engine. A mixed step counts in both phases, with its whole time."""
-        prefill, decode, levels = step.prefill_tokens, step.decode_tokens, step.levels
-        with self._lock:
-            window, totals = self._open, self._totals
+        """One step of the engine. A mixed step counts in both phases, with its whole time.
+
+        Steps are added up many at a time: one by one, between two steps of a model, each would find cold caches.
+        """
+        self._steps.append(step)
+        if len(self._steps) >= MAX_PENDING_STEPS:
+            with self._lock:
+                self._add_steps()
+
+    def _add_steps(self) -> None:
+        """Take the pending steps into window and totals. Call it with the lock held."""
+        window, totals, pending = self._open, self._totals, self._steps
+        while pending:
+            step = pending.popleft()
+            prefill, decode, time_s = step.prefill_tokens, step.decode_tokens, step.step_time_s
             if prefill:
                 part = _of(window.phases, Phase.PREFILL, PhaseWindow)
-                part.add(prefill, prefill + decode, levels.prefill, step.step_time_s)
+                part.add(prefill, prefill + decode, step.levels.prefill, time_s)
             if decode:
                 part = _of(window.phases, Phase.DECODE, PhaseWindow)
-                part.add(decode, prefill + decode, levels.decode, step.step_time_s)
+                part.add(decode, prefill + decode, step.levels.decode, time_s)
             for service_class, (num_tokens, loss_nats) in step.spent.items():
                 spent = _of(window.classes, service_class, ClassWindow)
                 spent.num_tokens += num_tokens
                 spent.loss_nats += loss_nats
                 totals.loss_nats += loss_nats
             if step.predicted_s:
-                window.measured_per_predicted.add(step.step_time_s / step.predicted_s)
+                window.measured_per_predicted.add(time_s / step.predicted_s)
                 totals.predicted_steps += 1
-                totals.prediction_error_s += abs(step.step_time_s - step.predicted_s)
+                totals.prediction_error_s += abs(time_s - step.predicted_s)
             window.routed_pairs += step.routed_pairs
             window.dimmed_pairs += step.dimmed_pairs
             totals.num_steps += 1
-            totals.step_time_s += step.step_time_s
+            totals.step_time_s += time_s
             totals.prefill_tokens += prefill
             totals.decode_tokens += decode
             totals.routed_pairs += step.routed_pairs
@@ -238,6 +253,7 @@ class TelemetryRecorder:
     ) -> StepWindow:
         """Close the window at ``now_s`` and open the next. ``stats`` are the gauges at this moment."""
         with self._lock:
+            self._add_steps()
             closed, self._open = self._open, _Open()
             window_s, self._opened_at_s = now_s - self._opened_at_s, now_s
             self._sequence += 1
@@ -261,6 +277,7 @@ class TelemetryRecorder:
     def totals(self) -> Totals:
         """A consistent copy of the counters."""
         with self._lock:
+            self._add_steps()
             return Totals(*(getattr(self._totals, counter.name) for counter in fields(Totals)))
 
 

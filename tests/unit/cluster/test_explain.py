@@ -109,8 +109,8 @@ def test_every_kind_of_decision_has_words() -> None:
     assert evidence(row) == "TTFT p90 1200 ms, 7 waiting, level 1.0"
     plan = {"kind": "plan", "decision": {"desired": 3}, "inputs": {"num_ready": 2, "num_waiting": 40}}
     assert (outcome(plan), evidence(plan)) == ("3 replicas", "2 ready, 0 starting, 0 running, 40 waiting")
-    measures = {"kind": "measures", "decision": {"rungs": ["dim", "shed"]}, "inputs": {"ttft_level0_s": 2.5}}
-    assert (outcome(measures), evidence(measures)) == ("dim + shed", "a new request would wait 2.50 s at level 0")
+    measures = {"kind": "measures", "decision": {"rungs": ["dim", "shed"]}, "inputs": {"oldest_wait_s": 2.5}}
+    assert (outcome(measures), evidence(measures)) == ("dim + shed", "oldest wait 2500 ms, 0 waiting, level 0.0")
     policy = {"kind": "policy", "decision": {"law": "static", "level": 0}}
     assert (outcome(policy), evidence(policy)) == ("policy", "law static, level 0")
     epoch = {"kind": "epoch", "epoch": 4, "decision": {"address": "127.0.0.1:1"}}
