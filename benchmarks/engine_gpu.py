@@ -18,7 +18,9 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.gpu_profile import Row, active_experts, copy_bytes_s, decode_floors_us, profile
 from benchmarks.results import RESULTS, markdown_table, write_result
+from engine import graphs
 from engine.attention.base import DecodeBackend
 from engine.attention.select import create_attention
 from engine.batch import AttentionMetadata, StepRows
@@ -34,6 +36,7 @@ PREFILLS = ((16, 512), (64, 256), (64, 1024), (32, 2048))  # sequences, tokens e
 PREFILL_STEP_TOKENS = 8192
 MAX_MODEL_LEN = 4096
 NUM_BLOCKS = 64 * 1024 // 16 + 1
+PROFILED_BATCH = 64
 REPLAYS = 10
 SAMPLES = 5
 
@@ -158,36 +161,22 @@ def attention_ms(num_sequences: int, context: int, num_heads: int = 16, block_si
     return times
 
 
-def profile(run: Callable[[], object], repeats: int) -> list[dict[str, float | str]]:
-    """Kernels of one run by time, slowest first: name, launches, microseconds."""
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    rows = [
-        {
-            "kernel": event.key[:80],
-            "launches": event.count / repeats,
-            "us": round(event.self_device_time_total / repeats, 1),
-        }
-        for event in profiler.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -float(row["us"]))
-
-
-def measure_decode(slot: ModelSlot, suffix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """Setting's name, and its step time in ms by batch size."""
+def measure_decode(slot: ModelSlot) -> Iterator[tuple[str, dict[str, float], float]]:
+    """Setting's name, its step time in ms by batch size, and the active experts of a layer at PROFILED_BATCH."""
     for name, level in deepest_levels(slot).items():
-        yield name + suffix, {str(b): round(decode_step_ms(slot, level, b), 3) for b in BATCH_SIZES}
+        active = active_experts(slot, decode_rows(slot, PROFILED_BATCH), level)
+        yield name, {str(b): round(decode_step_ms(slot, level, b), 3) for b in BATCH_SIZES}, sum(active) / len(active)
 
 
-def measure_profiles(slot: ModelSlot) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
+def measure_profiles(slot: ModelSlot, bytes_s: float) -> Iterator[tuple[str, list[Row]]]:
     """Profiles of decode steps, undimmed and dimmed, and of one prefill step."""
     assert slot.graphs is not None
     levels = deepest_levels(slot)
-    for name, batch in (("level0", 1), ("level0", 64), (max(levels, key=levels.__getitem__), 64)):
-        slot.graphs.launch(decode_rows(slot, batch), Levels(decode=levels[name]))
-        yield f"{name} batch {batch}", profile(lambda batch=batch: slot.graphs.replay_decode(batch), REPLAYS)
+    for name, batch in (("level0", 1), ("level0", PROFILED_BATCH), (max(levels, key=levels.get), PROFILED_BATCH)):
+        rows = decode_rows(slot, batch)
+        floors_us = decode_floors_us(slot, rows, sum(active_experts(slot, rows, levels[name])), bytes_s)
+        slot.graphs.launch(rows, Levels(decode=levels[name]))
+        yield f"{name} batch {batch}", profile(lambda batch=batch: slot.graphs.replay_decode(batch), 1, floors_us)
     _, prefill = prefill_tok_s(slot, 8, 1024)
     yield "prefill 8x1024", profile(prefill, 1)
 
@@ -199,35 +188,42 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     card = torch.cuda.get_device_name()
-    figures: dict[str, object] = {"card": card}
+    bytes_s = copy_bytes_s()
+    figures: dict[str, object] = {"card": card, "copy_tb_s": round(bytes_s / 1e12, 3)}
     decode: dict[str, dict[str, float]] = {}
-    profiles: dict[str, list[dict[str, float | str]]] = {}
+    active: dict[str, float] = {}
+    profiles: dict[str, list[Row]] = {}
+    graphs.DECODE_SIZES, graphs.ROW_SIZES = BATCH_SIZES, graphs.ROW_SIZES[:1]  # no others are measured
     models = ((0, WAYS, ""),) if arguments.quick else ((0, (), "_without_united"), (2, WAYS, ""), (0, WAYS, ""))
     for exempt, ways, suffix in models:
         started_s = time.perf_counter()
         slot = load(exempt, ways)
         print(f"exempt {exempt}, ways {ways}: loaded in {time.perf_counter() - started_s:.1f} s", flush=True)
-        for name, times in measure_decode(slot, suffix):
-            decode[name] = times
-            print(name, times, flush=True)
+        for name, times, num_active in measure_decode(slot):
+            decode[name + suffix], active[name + suffix] = times, round(num_active, 1)
+            print(name + suffix, times, f"{num_active:.1f} active experts at {PROFILED_BATCH}", flush=True)
         if exempt == 0 and ways:
+            profiles = dict(measure_profiles(slot, bytes_s))
             tok_s = {f"{n}x{length}": round(prefill_tok_s(slot, n, length)[0]) for n, length in PREFILLS}
             figures["prefill_tok_s"] = tok_s
             print(tok_s, flush=True)
-            profiles = dict(measure_profiles(slot))
         del slot
         torch.cuda.empty_cache()
     figures["decode_step_ms"] = decode
+    figures[f"active_experts_at_{PROFILED_BATCH}"] = active
     figures["attention_ms"] = {f"{n}x{c}": attention_ms(n, c) for n, c in ((64, CONTEXT_TOKENS), (64, 1056), (1, 1056))}
     print(figures["attention_ms"], flush=True)
     write_result(arguments.out / "h100_engine.json", figures)
-    (arguments.out / "h100_step_profile.json").write_text(json.dumps({"card": card, **profiles}, indent=1) + "\n")
+    note = "us: from the latest earlier end of a kernel to this one's; they add up to the step"
+    steps = {"card": card, "copy_tb_s": figures["copy_tb_s"], "note": note, **profiles}
+    (arguments.out / "h100_step_profile.json").write_text(json.dumps(steps, indent=1) + "\n")
     print(
         markdown_table(("setting", *map(str, BATCH_SIZES)), [(n, *map(str, row.values())) for n, row in decode.items()])
     )
+    columns = ("kernel", "launches", "us", "floor_us", "floor_frac")
     for name, rows in profiles.items():
-        print(f"{name}: {sum(float(row['us']) for row in rows):.0f} us in kernels")
-        print(markdown_table(("kernel", "launches", "us"), [tuple(map(str, row.values())) for row in rows[:18]]))
+        print(f"{name}: {sum(float(row['us']) for row in rows):.0f} us")
+        print(markdown_table(columns, [tuple(str(row.get(column, "")) for column in columns) for row in rows[:18]]))
     return 0
 
 
