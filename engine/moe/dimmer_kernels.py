@@ -80,7 +80,10 @@ def _dim_kernel(
     out_ids_ptr, out_weights_ptr, dimmed_ptr, num_tokens, num_experts, no_expert,
     A: tl.constexpr, BLOCK_A: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Rewrites one chunk of rows. Every program finds the whole step's remap for itself, which saves a launch."""
+    """Rewrites one chunk of rows. Every program finds the whole step's remap for itself, which saves a launch.
+
+    What it needs of the settings is read before the wait.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_step = rows < num_tokens
     columns = tl.arange(0, BLOCK_A)
@@ -96,6 +99,11 @@ def _dim_kernel(
     setting_of_row = tl.load(levels_ptr + row_phase)
     may_dim = valid & ~exact & (setting_of_row > 0)
     top_k = tl.load(top_k_ptr + setting_of_row * num_layers + layer)
+    phases = tl.arange(0, 2)
+    settings = tl.load(levels_ptr + phases)
+    share_of = tl.load(share_ptr + settings)
+    united_row = united_of_ptr + tl.load(way_row_ptr + settings)[:, None] * num_experts
+    united_of = tl.load(united_row + experts[None, :], mask=in_table[None, :], other=-1).to(tl.int32)  # [2, BLOCK_E]
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
     before = tl.load(ids_ptr + at, mask=inside & valid[:, None], other=no_expert)
@@ -110,7 +118,7 @@ def _dim_kernel(
     stays = (tl.load(use_ptr + 2 * use_stride + experts, mask=in_table, other=0) > 0) | (protected & is_used)
     is_needed = (tl.load(use_ptr + 3 * use_stride + experts, mask=in_table, other=0) > 0) | stays
 
-    is_protected = tl.load(protected_ptr + before, mask=before < num_experts, other=1) != 0
+    is_protected = mapped(protected.to(tl.int32), before, before < num_experts, ROWS, BLOCK_A) != 0
     drops = (columns[None, :] >= top_k[:, None]) & may_dim[:, None] & ~is_protected
     left = tl.where(drops, 0.0, weights)
     is_cut = tl.sum(drops.to(tl.int32), axis=1) > 0
@@ -125,10 +133,10 @@ def _dim_kernel(
         rows_here = may_dim & (row_phase == phase)
         moves = rows_here[:, None] & (ids < num_experts)
         if (kind == KIND_UNITED) | (kind == KIND_PAPER):
+            share = tl.sum(tl.where(phases == phase, share_of, 0.0), axis=0)
+            united = tl.sum(tl.where((phases == phase)[:, None], united_of, 0), axis=0)
             rank = tl.where(kind == KIND_PAPER, count, mass)
-            is_cold = is_used & ~stays & ~is_hot(rank, 1.0 - tl.load(share_ptr + setting), BLOCK_E)
-            united_row = united_of_ptr + tl.load(way_row_ptr + setting) * num_experts
-            united = tl.load(united_row + experts, mask=in_table, other=-1).to(tl.int32)
+            is_cold = is_used & ~stays & ~is_hot(rank, 1.0 - share, BLOCK_E)
             num_cold = tl.sum(((united[None, :] == united[:, None]) & is_cold[None, :]).to(tl.int32), axis=1)
             target = tl.where(is_cold & (num_cold >= 2), united, experts)
             new_ids = tl.where(moves, mapped(target, ids, moves, ROWS, BLOCK_A), new_ids)

@@ -12,6 +12,7 @@ import torch
 
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
+from engine.layers import launch
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
 from tests.models import write_checkpoint
 
@@ -117,3 +118,15 @@ def test_level_0_is_bit_identical_with_united_experts_loaded(
     plain, united = logits
     assert len(plain) == len(united) > 0
     assert all(torch.equal(a, b) for a, b in zip(plain, united, strict=True))
+
+
+def test_dependent_launch_changes_no_token(
+    gpu: torch.device, checkpoint: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for first_capability in (launch.FIRST_CAPABILITY, 99):
+        monkeypatch.setattr(launch, "FIRST_CAPABILITY", first_capability)
+        engine = make_engine(checkpoint)
+        assert engine.apply_setting(BrownoutSetting.pinned(2))
+        results.append(generate(engine, prompts))
+    assert results[0] == results[1]

@@ -107,3 +107,21 @@ def test_experts_equal_the_plain_computation(
     expected = wide(x.double(), Routing(ids.long(), weights.double()))
     error = (out.double().sum(0) - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [32, 128])
+def test_a_half_full_tile_changes_no_bit(gpu: torch.device, rows: int) -> None:
+    """An expert's result must not depend on how many other pairs a level sends to it."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down, x = (
+        torch.randn(*shape, generator=generator).to(gpu, torch.bfloat16)
+        for shape in ((2, 512, 256), (2, 256, 256), (rows, 256))
+    )
+    experts, tile = PackedExperts(gate_up, down, num_originals=2), Tile(64, 64, 4, 3)
+    outs = []
+    for num_first in (rows // 2, rows):
+        ids = (torch.arange(rows, device=gpu) >= num_first).int()[:, None]
+        out = torch.full((1, rows, 256), float("nan"), dtype=torch.bfloat16, device=gpu)
+        run_experts(x, Routing(ids, torch.ones(rows, 1, device=gpu)), experts, MoeTiles(rows, tile, tile), out)
+        outs.append(out[0, : rows // 2])
+    assert torch.equal(*outs)
