@@ -26,7 +26,7 @@ from engine.attention.select import create_attention
 from engine.batch import AttentionMetadata, StepRows
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.pool.slots import ModelSlot, load_slot
-from engine.types import Levels, Phase
+from engine.types import Levels
 
 MODEL = Path(__file__).resolve().parents[1] / "deploy/models/qwen1.5-moe-a2.7b"
 WAYS = (2, 4, 8)
@@ -56,11 +56,10 @@ def load(exempt: int, ways: tuple[int, ...]) -> ModelSlot:
     return slot
 
 
-def deepest_levels(slot: ModelSlot) -> dict[str, int]:
-    """Setting's name |-> level: the exact one, and of each way the one that dims all it may."""
+def deepest_settings(slot: ModelSlot) -> dict[str, int]:
+    """Name |-> number of a setting: the exact one, and of each way the one that dims all it may."""
     num_dimmed = sum(layer.moe.dimmer is not None for layer in slot.model.layers)
-    levels = slot.ladder.at(Phase.DECODE, 1).levels
-    deepest = {f"way{x.setting.way}_max{num_dimmed}": i for i, x in enumerate(levels) if x.setting.share == 1}
+    deepest = {f"way{x.way}_max{num_dimmed}": i for i, x in enumerate(slot.ladder.settings) if x.share == 1}
     return {"level0": 0} | deepest
 
 
@@ -76,10 +75,10 @@ def own_blocks(first: int, num_sequences: int, blocks_each: int) -> np.ndarray:
     return (1 + first * blocks_each + np.arange(num_sequences * blocks_each, dtype=np.int32)).reshape(num_sequences, -1)
 
 
-def decode_step_ms(slot: ModelSlot, level: int, num_rows: int) -> float:
+def decode_step_ms(slot: ModelSlot, setting: int, num_rows: int) -> float:
     """Milliseconds of GPU time per graph replay, gaps between replays included."""
     assert slot.graphs is not None
-    slot.graphs.launch(decode_rows(slot, num_rows), Levels(decode=level))
+    slot.graphs.launch(decode_rows(slot, num_rows), Levels(decode=setting))
     return time_ms(lambda: slot.graphs.replay_decode(num_rows))
 
 
@@ -163,19 +162,19 @@ def attention_ms(num_sequences: int, context: int, num_heads: int = 16, block_si
 
 def measure_decode(slot: ModelSlot) -> Iterator[tuple[str, dict[str, float], float]]:
     """Setting's name, its step time in ms by batch size, and the active experts of a layer at PROFILED_BATCH."""
-    for name, level in deepest_levels(slot).items():
-        active = active_experts(slot, decode_rows(slot, PROFILED_BATCH), level)
-        yield name, {str(b): round(decode_step_ms(slot, level, b), 3) for b in BATCH_SIZES}, sum(active) / len(active)
+    for name, setting in deepest_settings(slot).items():
+        active = active_experts(slot, decode_rows(slot, PROFILED_BATCH), setting)
+        yield name, {str(b): round(decode_step_ms(slot, setting, b), 3) for b in BATCH_SIZES}, sum(active) / len(active)
 
 
 def measure_profiles(slot: ModelSlot, bytes_s: float) -> Iterator[tuple[str, list[Row]]]:
     """Profiles of decode steps, undimmed and dimmed, and of one prefill step."""
     assert slot.graphs is not None
-    levels = deepest_levels(slot)
-    for name, batch in (("level0", 1), ("level0", PROFILED_BATCH), (max(levels, key=levels.get), PROFILED_BATCH)):
+    settings = deepest_settings(slot)
+    for name, batch in (("level0", 1), ("level0", PROFILED_BATCH), (max(settings, key=settings.get), PROFILED_BATCH)):
         rows = decode_rows(slot, batch)
-        floors_us = decode_floors_us(slot, rows, sum(active_experts(slot, rows, levels[name])), bytes_s)
-        slot.graphs.launch(rows, Levels(decode=levels[name]))
+        floors_us = decode_floors_us(slot, rows, sum(active_experts(slot, rows, settings[name])), bytes_s)
+        slot.graphs.launch(rows, Levels(decode=settings[name]))
         yield f"{name} batch {batch}", profile(lambda batch=batch: slot.graphs.replay_decode(batch), 1, floors_us)
     _, prefill = prefill_tok_s(slot, 8, 1024)
     yield "prefill 8x1024", profile(prefill, 1)

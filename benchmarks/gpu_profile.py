@@ -87,7 +87,7 @@ def _bytes(weight: Tensor) -> int:
 
 
 @torch.inference_mode()
-def active_experts(slot: ModelSlot, rows: StepRows, level: int) -> list[int]:
+def active_experts(slot: ModelSlot, rows: StepRows, setting: int) -> list[int]:
     """Of each layer, the experts that a decode step reads; the step runs once, without a graph."""
     counts: list[int] = []
 
@@ -96,7 +96,7 @@ def active_experts(slot: ModelSlot, rows: StepRows, level: int) -> list[int]:
         return align(ids, num_packed, tile_rows)
 
     with patch.object(fused, "align", count_and_align):
-        slot.model.forward(to_device(rows, slot.kv.block_size, Levels(decode=level), slot.device), slot.kv)
+        slot.model.forward(to_device(rows, slot.kv.block_size, Levels(decode=setting), slot.device), slot.kv)
     return counts
 
 
