@@ -29,7 +29,7 @@ from engine.moe.gate import Routing
 from engine.moe.layer import MoeLayer
 from engine.moe.tiles import MoeTiles, Tile, TileTable
 
-HALVED_ROWS = (32, 128)  # a tile at most half full runs as one of half the rows, by the same matrix instruction
+HALVED_ROWS = 32  # tiles of so many rows run as half of it when at most half full, by the same matrix instruction
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def launch_gate_up(
         x, _weights(gate_up, tile), alignment.order, alignment.tiles, alignment.num_tiles, hidden,
         sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.hidden_size, SIZE=sizes.expert_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        ROWS=tile_rows, HALVES=tile_rows == HALVED_ROWS,
         COLUMNS=tile.columns, DEPTH=tile.depth * 2 // x.element_size(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(x.device),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def launch_down(
         hidden, _weights(down, tile), weights, alignment.order, alignment.tiles, alignment.num_tiles, out,
         sizes.num_tokens, sizes.num_columns, sizes.num_packed, num_column_tiles,
         K=sizes.expert_size, SIZE=sizes.hidden_size, BULK_COPY=tile.bulk_copy,
-        ROWS=tile_rows, HALVES=tile_rows in HALVED_ROWS,
+        ROWS=tile_rows, HALVES=tile_rows == HALVED_ROWS,
         COLUMNS=tile.columns, DEPTH=tile.depth * 2 // hidden.element_size(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(out.device),
     )  # fmt: skip

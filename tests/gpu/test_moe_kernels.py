@@ -8,7 +8,7 @@ import torch
 from engine.batch import RowInfo
 from engine.moe.align import align
 from engine.moe.experts import PackedExperts
-from engine.moe.fused import run_experts
+from engine.moe.fused import HALVED_ROWS, run_experts
 from engine.moe.fused_routing import choose
 from engine.moe.gate import Gate, Routing
 from engine.moe.tiles import MoeTiles, Tile
@@ -109,9 +109,9 @@ def test_experts_equal_the_plain_computation(
     assert error < (1e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("rows", [32, 128])
-def test_a_half_full_tile_changes_no_bit(gpu: torch.device, rows: int) -> None:
+def test_a_half_full_tile_changes_no_bit(gpu: torch.device) -> None:
     """An expert's result must not depend on how many other pairs a level sends to it."""
+    rows = HALVED_ROWS
     generator = torch.Generator().manual_seed(0)
     gate_up, down, x = (
         torch.randn(*shape, generator=generator).to(gpu, torch.bfloat16)
