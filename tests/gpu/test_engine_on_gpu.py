@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
-from tests.models import write_checkpoint
+from tests.models import FAMILIES, write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +63,26 @@ def generate(engine: Engine, prompts: Iterable[tuple[int, ...]]) -> tuple[list[l
             if output.usage is not None:
                 dimmed[output.request_id] = output.usage.brownout.dimmed_pairs
     return list(answers.values()), [dimmed[request_id] for request_id in answers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_every_family_on_triton_equals_torch(
+    gpu: torch.device, tmp_path: Path, prompts: Prompts, family: str, cuda_graphs: bool
+) -> None:
+    directory = write_checkpoint(tmp_path / "tiny", **FAMILIES[family])
+    results = [
+        generate(make_engine(directory, kernels, BrownoutConfig(), cuda_graphs=cuda_graphs), prompts)
+        for kernels in ("torch", "triton")
+    ]
+    assert results[0] == results[1]
+
+
+def test_the_pool_is_what_the_measured_step_leaves(gpu: torch.device, checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, cache=CacheConfig(memory_frac=0.5))
+    assert engine.info.num_blocks == 16 * 512 // 16 + 1  # a full batch of the longest sequences: tiny models have room
+    with pytest.raises(ConfigError, match=r"cache\.num_blocks is 100000000, .* are free; allowed: at most \d+"):
+        make_engine(checkpoint, cache=CacheConfig(num_blocks=100_000_000))
 
 
 @pytest.mark.parametrize("level", [0, 2, 4])

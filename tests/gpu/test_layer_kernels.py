@@ -10,9 +10,10 @@ from engine.attention.sdpa import SdpaAttention
 from engine.batch import AttentionMetadata
 from engine.kv_cache.storage import KvStorage
 from engine.layers import fused, rotary
+from engine.layers.fused_heads import FusedHeadNorm
 from engine.layers.fused_linear import FusedLinear, SplitLinear, launch_linear
 from engine.layers.linear import Linear, silu_and_mul
-from engine.layers.norm import RmsNorm
+from engine.layers.norm import HeadNorm, RmsNorm
 from engine.models.spec import ModelSpec
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,21 @@ def test_rotation_writes_the_cache_and_returns_queries(kernel_device: torch.devi
     torch.testing.assert_close(queries[1], queries[0])
     torch.testing.assert_close(pools[1].keys, pools[0].keys)
     torch.testing.assert_close(pools[1].values, pools[0].values)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (32, 4, 128), (7, 1, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_heads(
+    kernel_device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    size = (num_heads + 2 * num_kv_heads) * head_dim
+    qkv = draw(5, size, device=kernel_device, dtype=dtype)
+    weights = [1 + draw(head_dim, device=kernel_device, seed=seed, dtype=dtype) / 4 for seed in (1, 2)]
+    expected = HeadNorm(*weights, num_heads, num_kv_heads, 1e-6)(qkv)
+    normed = FusedHeadNorm(*weights, num_heads, num_kv_heads, 1e-6)(qkv.clone())
+    torch.testing.assert_close(normed, expected)
+    values = num_kv_heads * head_dim
+    assert torch.equal(normed[:, -values:], qkv[:, -values:])
 
 
 def test_gated_activation(kernel_device: torch.device) -> None:
