@@ -59,7 +59,7 @@ class CacheConfig:
 
     block_size: int = 16
     num_blocks: int | None = None  # default: what `memory_frac` of the device's free memory holds
-    memory_frac: float = 0.9
+    memory_frac: float = 0.9  # of what is free beside weights, measured activations and graphs
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from engine.types import TokenLogprob
+
+ROWS_AT_A_TIME = 256  # of a prompt: each takes the vocabulary in float32 a few times over
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprob]:
@@ -38,10 +41,11 @@ class PromptLogprobs:
     def take(self, logits: Tensor, start: int) -> None:
         """``logits`` [rows, V] of the tokens at the positions from ``start`` on, those past the prompt included."""
         wanted = self._prompt_ids[start + 1 : start + 1 + len(logits)]
-        if wanted:
-            token_ids = logits.new_tensor(wanted).long()
-            found = token_logprobs(logits[: len(wanted)], token_ids, [self._num_top] * len(wanted))
-            self._found.update(enumerate(found, start + 1))
+        for first in range(0, len(wanted), ROWS_AT_A_TIME):
+            token_ids = torch.tensor(wanted[first : first + ROWS_AT_A_TIME], device=logits.device)
+            rows = logits[first : first + len(token_ids)]
+            found = token_logprobs(rows, token_ids, [self._num_top] * len(rows))
+            self._found.update(enumerate(found, start + first + 1))
 
     def result(self) -> tuple[TokenLogprob | None, ...]:
         """One for each token of the prompt, the first None."""

@@ -21,7 +21,8 @@ from engine.models.spec import ModelSpec
 from engine.moe.dimming import Dimming, create_dimming
 from engine.moe.ladder import Ladder
 from engine.moe.load import ExpertCounter
-from engine.weights.load import load_weights, open_source
+from engine.pool.kv_pool import check_weights, log_graphs, size_kv_pool
+from engine.weights.load import load_weights, open_source, weights_bytes
 
 if TYPE_CHECKING:
     from engine.graphs import StepGraphs
@@ -67,15 +68,16 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     attention = create_attention(config.attention, device, spec.head_dim, dtype, block_size)
     kernels = create_kernels(config.kernels, spec, device)
     num_united = {layer: dimming.num_united for layer, dimmer in enumerate(dimming.dimmers) if dimmer is not None}
+    num_weights_bytes = weights_bytes(spec, dtype, num_united)
+    check_weights(num_weights_bytes, dtype, device)
     weights = load_weights(spec, source, num_united, dtype, device)
     model = Decoder(spec, weights, dimming.dimmers, attention, kernels)
     del weights
     dimming.load_united(model.experts)
+    plan = size_kv_pool(config, spec, model, num_weights_bytes, dtype, device)
+    kv = KvStorage(spec, plan.num_blocks, block_size, dtype, device)
+    max_model_len = plan.max_model_len
     counter = _count_experts(model, device) if kernels.name == "torch" and spec.moe_layers else None
-    max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
-    num_blocks = config.cache.num_blocks or _default_num_blocks(config, spec, max_model_len, dtype, device)
-    kv = KvStorage(spec, num_blocks, block_size, dtype, device)
-    max_model_len = min(max_model_len, (num_blocks - 1) * block_size)
     graphs = None
     if config.cuda_graphs and kernels.name == "triton":
         from engine.graphs import StepGraphs
@@ -83,6 +85,7 @@ def load_slot(config: EngineConfig) -> ModelSlot:
         scheduler, graphable = config.scheduler, attention.decode_backend.graphable
         max_rows = scheduler.max_num_batched_tokens
         graphs = StepGraphs(model, kv, max_model_len, scheduler.max_num_seqs, max_rows, graphable, device)
+        log_graphs(plan, device)
     return ModelSlot(spec, dimming, model, kv, graphs, counter, max_model_len, device)
 
 
@@ -101,25 +104,3 @@ def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dt
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"model.dtype is {name!r}; allowed: float32, bfloat16, float16")
     return dtype
-
-
-def _default_num_blocks(
-    config: EngineConfig, spec: ModelSpec, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """What a full batch of the longest sequences needs, as far as memory allows."""
-    cache = config.cache
-    wanted = config.scheduler.max_num_seqs * -(-max_model_len // cache.block_size) + 1
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    else:
-        free_bytes = CPU_KV_BYTES
-    affordable = int(free_bytes * cache.memory_frac) // KvStorage.block_bytes(spec, cache.block_size, dtype)
-    if affordable < 2:
-        raise ConfigError(
-            f"cache.memory_frac is {cache.memory_frac}: {free_bytes} free bytes hold no KV block; "
-            "allowed: a smaller model, a larger device or a larger fraction"
-        )
-    return min(wanted, affordable)
-
-
-CPU_KV_BYTES = 2 << 30  # a replica on the CPU shares its memory with everything else

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.kv_cache.storage import KvStorage
+from engine.models.layout import checkpoint_tensors
 from engine.models.registry import load_spec
 from engine.moe.layer import MoeLayer
-from engine.pool.slots import CPU_KV_BYTES, load_slot
+from engine.pool.kv_pool import CPU_KV_BYTES, run_largest_step
+from engine.pool.slots import load_slot
 from engine.profile import UNPROFILED_STEP_S, profile_steps
 from engine.runner import Runner
 from engine.weights.manifest import CheckpointError
@@ -52,8 +55,35 @@ def test_the_default_pool_holds_a_full_batch_as_far_as_memory_allows(model: Path
     block_bytes = KvStorage.block_bytes(load_spec(model), 16, torch.float32)
     small = CacheConfig(memory_frac=10.5 * block_bytes / CPU_KV_BYTES)
     assert load_slot(config(model, small)).kv.num_blocks == 10
-    with pytest.raises(ConfigError, match=r"cache\.memory_frac is .* hold no KV block"):
+    with pytest.raises(ConfigError, match=r"cache\.memory_frac is .* holds no KV block"):
         load_slot(config(model, CacheConfig(memory_frac=1e-9)))
+
+
+def test_the_memory_is_reported_at_start(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        slot = load_slot(config(model, CacheConfig()))
+    num_bytes = sum(spec.num_elements for spec in checkpoint_tensors(slot.spec)) * 4
+    line = next(message for message in caplog.messages if message.startswith("memory:"))
+    assert f"weights {num_bytes / (1 << 30):.2f} GiB" in line
+    assert f"in {4 * 32 + 1} blocks: {4 * 512} tokens, or 4.0 sequences of 512" in line
+
+
+def test_the_largest_step_is_as_large_as_any_may_be(model: Path) -> None:
+    """Its activations are what the pool leaves room for: all its tokens, the longest context, every row's logits."""
+    slot = load_slot(config(model))
+    seen = []
+    forward = slot.model.forward
+
+    def forward_and_look(batch, kv):  # type: ignore[no-untyped-def]
+        output = forward(batch, kv)
+        seen.append((len(batch.token_ids), max(batch.attention.context_lens), len(output.logits)))
+        return output
+
+    slot.model.forward = forward_and_look  # type: ignore[method-assign]
+    run_largest_step(config(model), slot.spec, slot.model, torch.float32, slot.device)
+    long_steps = replace(config(model), scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=1300))
+    run_largest_step(long_steps, slot.spec, slot.model, torch.float32, slot.device)
+    assert seen == [(32, 512, 32), (1300, 512, 1300)]
 
 
 def test_block_bytes_are_what_storage_takes(model: Path) -> None:
