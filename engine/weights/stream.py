@@ -49,12 +49,15 @@ def read_pieces(pieces: Sequence[Piece], advance: Callable[[int], None]) -> None
     """Read all pieces; ``advance`` is told each one's bytes in its target. Raises CheckpointError."""
     if not pieces:
         return
+    device = pieces[0].target.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the targets' memory may have been something else's until now
     files = {path: os.open(path, os.O_RDONLY) for path in {piece.path for piece in pieces}}
     own = threading.local()
 
     def read(piece: Piece) -> None:
         if not hasattr(own, "reader"):
-            own.reader = _Reader(piece.target.device)
+            own.reader = _Reader(device)
         own.reader.read(files[piece.path], piece)
         advance(piece.target.nbytes)
 

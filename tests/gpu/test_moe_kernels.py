@@ -8,7 +8,7 @@ import torch
 from engine.batch import RowInfo
 from engine.moe.align import align
 from engine.moe.experts import PackedExperts
-from engine.moe.fused import HALVED_ROWS, run_experts
+from engine.moe.fused import HALVED_ROWS, MIN_ROUTER_ROWS, run_experts
 from engine.moe.fused_routing import choose
 from engine.moe.gate import Gate, Routing
 from engine.moe.tiles import MoeTiles, Tile
@@ -46,6 +46,19 @@ def test_choice_equals_softmax_and_topk(kernel_device: torch.device, num_tokens:
     assert torch.equal(choice.routing.ids.long(), expected.ids)
     torch.testing.assert_close(choice.routing.weights, expected.weights, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(choice.shared_logits, x @ router[NUM_EXPERTS], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (16, 4), (128, 8)])
+def test_choice_without_a_shared_expert(kernel_device: torch.device, num_experts: int, top_k: int) -> None:
+    x, weight = draw(20, HIDDEN, seed=0, device=kernel_device), draw(num_experts, HIDDEN, seed=1, device=kernel_device)
+    padding = max(MIN_ROUTER_ROWS - num_experts, 0)
+    router = torch.nn.functional.pad(weight, (0, 0, 0, padding))
+    rows = make_rows(20, (0, 0), kernel_device)
+    choice = choose(x, router, num_experts, top_k, True, num_experts, rows, None, 0)
+    expected = Gate(weight, top_k, True)(x)
+    assert torch.equal(choice.routing.ids.long(), expected.ids)
+    torch.testing.assert_close(choice.routing.weights, expected.weights, rtol=1e-4, atol=1e-5)
+    assert (choice.shared_logits == 0).all()
 
 
 def test_padding_rows_get_no_expert(kernel_device: torch.device) -> None:
