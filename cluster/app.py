@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 
-from cluster.config import parse_config
+from cluster.config import ClusterConfig, engine_deployments, parse_models
 from cluster.ingress.deployment import Ingress
 from cluster.replica import EngineReplica
 
@@ -20,16 +20,9 @@ SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application for ``args`` of a Serve YAML file. Raises ClusterConfigError with one sentence."""
-    config = parse_config(args)
-    engines = serve.deployment(
-        name="EngineReplica",
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
-        max_constructor_retry_count=NUM_START_ATTEMPTS,
-    )(EngineReplica).bind(config)
+    configs = parse_models(args)
+    engines = [_engines(config, name) for config, name in zip(configs, engine_deployments(configs), strict=True)]
+    config = configs[0]
     return serve.deployment(
         name="Ingress",
         num_replicas=config.ingress.num_replicas,
@@ -38,4 +31,17 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
-    )(Ingress).bind(engines, config)
+    )(Ingress).bind(configs, *engines)
+
+
+def _engines(config: ClusterConfig, name: str) -> serve.Application:
+    """One model's replicas."""
+    return serve.deployment(
+        name=name,
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
+        max_constructor_retry_count=NUM_START_ATTEMPTS,
+    )(EngineReplica).bind(config)

@@ -17,7 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
 from cluster.reports import ReplicaReport
-from cluster.router.loads import LoadPublisher
+from cluster.router.loads import LoadPublisher, router_group
 from cluster.router.policy import ReplicaLoad
 from cluster.transport.server import ChannelServer
 from engine.agent import TelemetryAgent
@@ -50,7 +50,10 @@ class EngineReplica:
             period_s=config.controller.tick_s,
         )
         self._publisher = LoadPublisher(
-            config.resolved_redis_url(), context.app_name, self._replica_id, self._live_load
+            config.resolved_redis_url(),
+            router_group(context.app_name, context.deployment),
+            self._replica_id,
+            self._live_load,
         )
         self._max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self._drain_timeout_s = config.drain_timeout_s
