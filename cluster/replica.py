@@ -17,8 +17,9 @@ from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
 from cluster.reports import ReplicaReport
+from cluster.router.arrivals import ArrivalRate
 from cluster.router.loads import LoadPublisher, router_group
-from cluster.router.policy import ReplicaLoad
+from cluster.router.policy import ARRIVALS_S, ReplicaLoad
 from cluster.transport.server import ChannelServer
 from engine.agent import TelemetryAgent
 from engine.async_engine import AsyncEngine
@@ -49,6 +50,7 @@ class EngineReplica:
             take_window=self._engine.take_window,
             period_s=config.controller.tick_s,
         )
+        self._arrivals = ArrivalRate(ARRIVALS_S)
         self._publisher = LoadPublisher(
             config.resolved_redis_url(),
             router_group(context.app_name, context.deployment),
@@ -99,7 +101,8 @@ class EngineReplica:
     def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
         stats, brownout = self._engine.stats(), self._engine.brownout
-        setting = brownout.in_force(time.monotonic())
+        now_s = time.monotonic()
+        setting = brownout.in_force(now_s)
         return ReplicaLoad(
             sequence=sequence,
             num_running=stats.num_running,
@@ -113,6 +116,7 @@ class EngineReplica:
             prefill=setting.prefill,
             decode=setting.decode,
             mean_output_tokens=brownout.governor.mean_output_tokens,
+            arrivals_per_s=self._arrivals.update(self._server.num_submitted, now_s),
         )
 
 
