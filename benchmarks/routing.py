@@ -42,7 +42,7 @@ PICKS_PER_S = 200.0
 SLOW_S = 0.2
 HOLD_S = 1.0  # mean time that a replica holds a request
 RATE_PER_S = 150.0
-RUN_S = 8.0
+RUN_S = 6.0
 NUM_BURSTS = 12
 BURST = 64
 EMPTY = ReplicaLoad(0, 0, 0, max_num_seqs=64, queued_prefill_tokens=0, max_num_batched_tokens=2048, kv_used_frac=0.0)

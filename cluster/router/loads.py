@@ -58,6 +58,13 @@ def connect(redis_url: str) -> aioredis.Redis:
     )
 
 
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel until it has ended: a client may swallow a cancellation that meets its own timeout."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait((task,), timeout=TIMEOUT_S)
+
+
 class LoadPublisher:
     """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
 
@@ -79,8 +86,7 @@ class LoadPublisher:
     async def stop(self) -> None:
         """Withdraw the load, so that routers stop choosing this replica at once."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._withdraw()
         await self._client.aclose()
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from redis.exceptions import RedisError
 
-from cluster.router.loads import connect, decode, load_key, picks_key
+from cluster.router.loads import connect, decode, end, load_key, picks_key
 from cluster.router.policy import ReplicaLoad
 
 EXCHANGE_PERIOD_S = 0.05
@@ -78,8 +78,7 @@ class LoadRegistry:
     async def close(self) -> None:
         """Stop exchanging."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._client.aclose()
 
     async def exchange(self) -> None:
