@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from redis import Redis
+
 from benchmarks.report import nearest_rank
 from benchmarks.results import RESULTS, markdown_table, update_result
 from cluster.redis_server import RedisServer
@@ -40,7 +42,7 @@ PICKS_PER_S = 200.0
 SLOW_S = 0.2
 HOLD_S = 1.0  # mean time that a replica holds a request
 RATE_PER_S = 150.0
-RUN_S = 8.0
+RUN_S = 6.0
 NUM_BURSTS = 12
 BURST = 64
 EMPTY = ReplicaLoad(0, 0, 0, max_num_seqs=64, queued_prefill_tokens=0, max_num_batched_tokens=2048, kv_used_frac=0.0)
@@ -149,7 +151,7 @@ async def picker(mode: str, redis_url: str) -> AsyncIterator[Pick]:
         yield pick
         await client.aclose()
         return
-    registry = OwnPicks(redis_url, APP) if mode == "own" else LoadRegistry(redis_url, APP)
+    registry = OwnPicks(redis_url, APP) if mode == "own" else LoadRegistry(redis_url, APP, NUM_ROUTERS)
     router = Router(registry)
 
     async def pick() -> str:
@@ -249,20 +251,20 @@ async def measure_picks(redis: RedisServer) -> dict[str, dict[str, float]]:
             times_ms = []
             for number in range(NUM_PICKS // 4):
                 if number == NUM_PICKS // 40 and disturb:
-                    disturb()
+                    disturbing = asyncio.create_task(asyncio.to_thread(disturb))
                 started_s = time.perf_counter()
                 router.pick(replace(REQUEST, prompt_ids=tuple(range(number, number + 256))), held)
                 times_ms.append(1e3 * (time.perf_counter() - started_s))
                 await asyncio.sleep(1 / PICKS_PER_S)
+            if disturb:
+                await disturbing
             return {"p50": nearest_rank(times_ms, 50), "p99": nearest_rank(times_ms, 99), "max": max(times_ms)}
 
         figures["well"] = await measure()
         figures["slow"] = await measure(lambda: setattr(relay, "delay_s", SLOW_S))
         relay.delay_s = 0.0
-        client = connect(redis.url)
-        flushes = []
-        figures["flushed"] = await measure(lambda: flushes.append(asyncio.ensure_future(client.flushall())))
-        await client.aclose()
+        with Redis.from_url(redis.url) as client:
+            figures["flushed"] = await measure(client.flushall)
         figures["down"] = await measure(redis.stop)
         figures["restarted"] = await measure(redis.start)
         await registry.close()
@@ -278,6 +280,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as redis:
         picks = asyncio.run(measure_picks(redis))
+        redis.stop()  # the one that was restarted ends with the thread that did it
+        redis.start()
         herding = {
             mode: asyncio.run(measure_herding(mode, redis.url, arguments.seed))
             for mode in ("own", "counted", "reserve")

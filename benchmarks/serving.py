@@ -17,14 +17,17 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import yaml
 
+from benchmarks.direct import running
 from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
 from benchmarks.loadgen.in_process import EngineClient
@@ -39,8 +42,10 @@ from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import Arrival, endless, synthesize
 from cluster.local import LocalCluster
 from cluster.processes import free_ports
+from cluster.serve_file import ServeFile
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.models.spec import read_config
 from engine.types import GenerationRequest, SamplingParams
 
 NUM_STREAMS = 64
@@ -49,6 +54,7 @@ OUTPUT_TOKENS = LengthRange(192, 320)
 NUM_INTEGRITY_STREAMS = 1024
 NUM_INTEGRITY_TOKENS = 32
 TIMEOUT_S = 120.0
+PATHS = ("channel", "direct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +141,13 @@ class PathFigures:
         return PathFigures(tok_s, {f"p{q}": 1e3 * nearest_rank(ttfts_s, q) for q in (50, 90, 99)})
 
 
-async def measure(cluster: LocalCluster, config: EngineConfig, plan: Plan, name: str) -> dict[str, Any]:
-    """The figures of the path that ``cluster`` serves with, next to the engine's alone."""
-    async with CompletionClient(cluster.url, MODEL, TIMEOUT_S) as client:
+async def measure(url: str, config: EngineConfig, plan: Plan) -> dict[str, Any]:
+    """The figures of the path behind ``url``, next to the engine's alone."""
+    async with CompletionClient(url, MODEL, TIMEOUT_S) as client:
         path_tok_s = await measure_rate(client.send, plan)
         half_load_tok_s = path_tok_s / 2
         path = PathFigures.of(path_tok_s, await measure_ttft_s(client.send, plan, half_load_tok_s))
-        texts = await http_texts(cluster.url, plan.requests())
+        texts = await http_texts(url, plan.requests())
     engine = await AsyncEngine.start(config)
     try:
         send = EngineClient(engine).send
@@ -163,23 +169,39 @@ async def measure(cluster: LocalCluster, config: EngineConfig, plan: Plan, name:
     }
 
 
+@contextmanager
+def path_to_engine(path: str, serve_file: ServeFile, directory: Path) -> Iterator[str]:
+    """Starts a server and yields its URL."""
+    port = free_ports(1)[0]
+    if path == "direct":
+        serve_yaml = directory / "serve.yaml"
+        serve_yaml.write_text(yaml.safe_dump(serve_file.document))
+        with running(serve_yaml, port) as url:
+            yield url
+        return
+    with LocalCluster.start(serve_file, port=port) as cluster:
+        yield cluster.url
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--path", default="channel", help="under which name the figures are saved")
+    parser.add_argument("--path", choices=PATHS, default="channel", help="channel: what is shipped")
     parser.add_argument("--measure-s", type=float, default=20.0, help="seconds of each measurement")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         serve_file = tiny_serve_file(Path(directory))
-        with LocalCluster.start(serve_file, port=free_ports(1)[0]) as cluster:
-            plan = Plan(arguments.seed, arguments.measure_s, cluster.model_info().vocab_size)
-            figures = asyncio.run(measure(cluster, serve_file.config.engine_config(), plan, arguments.path))
-    update_result(arguments.out, {"paths": {arguments.path: figures}})
+        config = serve_file.config.engine_config()
+        plan = Plan(arguments.seed, arguments.measure_s, read_config(Path(config.model.path))["vocab_size"])
+        with path_to_engine(arguments.path, serve_file, Path(directory)) as url:
+            figures = asyncio.run(measure(url, config, plan))
+    shipped = {key: figures[key] for key in ("streams64_tok_s", "added_ttft_ms")} if arguments.path == "channel" else {}
+    update_result(arguments.out, {**shipped, "paths": {arguments.path: figures}})
     rows = [
         ("engine alone", f"{figures['engine_alone']['streams64_tok_s']:.0f}", *_cells(figures["engine_alone"])),
         (arguments.path, f"{figures['streams64_tok_s']:.0f}", *_cells(figures)),

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.autoscaling import APP
-from cluster.config import ClusterConfig, key_prefix, parse_config
+from cluster.config import ClusterConfig, engine_deployments, key_prefix, parse_models
 from cluster.ingress.deployment import Ingress
 from cluster.replica import EngineReplica
 from controller.settings import plan_key
@@ -24,17 +24,9 @@ SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application for ``args`` of a Serve YAML file. Raises ClusterConfigError with one sentence."""
-    config = parse_config(args)
-    engines = serve.deployment(
-        name="EngineReplica",
-        num_replicas=None if config.autoscaling else config.replicas,
-        autoscaling_config=_autoscaling(config) if config.autoscaling else None,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
-        max_constructor_retry_count=NUM_START_ATTEMPTS,
-    )(EngineReplica).bind(config)
+    configs = parse_models(args)
+    engines = [_engines(config, name) for config, name in zip(configs, engine_deployments(configs), strict=True)]
+    config = configs[0]
     return serve.deployment(
         name="Ingress",
         num_replicas=config.ingress.num_replicas,
@@ -43,7 +35,21 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
-    )(Ingress).bind(engines, config)
+    )(Ingress).bind(configs, *engines)
+
+
+def _engines(config: ClusterConfig, name: str) -> serve.Application:
+    """One model's replicas."""
+    return serve.deployment(
+        name=name,
+        num_replicas=None if config.autoscaling else config.replicas,
+        autoscaling_config=_autoscaling(config) if config.autoscaling else None,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
+        max_constructor_retry_count=NUM_START_ATTEMPTS,
+    )(EngineReplica).bind(config)
 
 
 def _autoscaling(config: ClusterConfig) -> AutoscalingConfig:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from engine.config import (
 )
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+# One of each for all models; with autoscaling each of them has its own number of replicas within the same limits.
+SHARED_KEYS = frozenset({"controller", "ingress", "redis_url", "log_format", "autoscaling", "siblings"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,6 +101,14 @@ class IngressSection(_Section):
     admin_token: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """What the one controller must know of all models of an application, the same in each model's configuration."""
+
+    slo_by_model: dict[str, SloConfig]
+    allow_unmeasured: bool
+
+
 class ClusterConfig(_Section):
     """One model on one set of replicas, behind one ingress, under one controller.
 
@@ -124,6 +135,7 @@ class ClusterConfig(_Section):
     ingress: IngressSection = IngressSection()
     drain_timeout_s: float = Field(default=60.0, ge=0)
     redis_url: str = ""
+    siblings: Siblings | None = None  # not to be written: filled in by `parse_models`
     log_format: Literal["text", "json"] = "text"
 
     @model_validator(mode="after")
@@ -158,6 +170,8 @@ class ClusterConfig(_Section):
 
     def controller_config(self, app_name: str, host: str = "127.0.0.1") -> ControllerConfig:
         """What the application's controller is started with; ``host`` is the address its server binds."""
+        siblings = self.siblings or Siblings({self.model.served_name: self.slo}, self.brownout.allow_unmeasured)
+        slos = [Slo(ttft_s=slo.ttft_s, tpot_s=slo.tpot_s) for slo in siblings.slo_by_model.values()]
         return ControllerConfig(
             law=self.controller.law,
             level=self.controller.level,
@@ -166,8 +180,9 @@ class ClusterConfig(_Section):
             lease_s=self.controller.lease_s,
             window_s=self.controller.window_s,
             stale_s=self.controller.stale_s,
-            slo=Slo(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s),
-            allow_unmeasured=self.brownout.allow_unmeasured,
+            slo=slos[0],
+            slo_by_model=dict(zip(siblings.slo_by_model, slos, strict=True)),
+            allow_unmeasured=siblings.allow_unmeasured,
             hold_s=self.controller.hold_s,
             slew_levels=self.controller.slew_levels,
             quality=self.controller.quality,
@@ -186,6 +201,42 @@ class ClusterConfig(_Section):
                 "here or as REDIS_URL in the environment"
             )
         return url
+
+
+def parse_models(args: Mapping[str, Any]) -> tuple[ClusterConfig, ...]:
+    """One configuration for each model of an application. Raises ClusterConfigError.
+
+    ``models`` is a list of sections, each of which overrides, for its model, what stands beside the list.
+    """
+    if not isinstance(args, Mapping) or "models" not in args:
+        return (parse_config(args),)
+    shared = {key: value for key, value in args.items() if key != "models"}
+    sections = args["models"]
+    if not isinstance(sections, list) or not sections or not all(isinstance(s, Mapping) for s in sections):
+        raise ClusterConfigError(f"models is {sections!r}; allowed: a list of sections, one for each model")
+    configs = []
+    for number, section in enumerate(sections):
+        if common := sorted(section.keys() & SHARED_KEYS):
+            raise ClusterConfigError(f"models[{number}] has {common[0]}; allowed: beside models, for all of them")
+        try:
+            configs.append(parse_config({**shared, **section}))
+        except ClusterConfigError as error:
+            raise ClusterConfigError(f"models[{number}]: {error}") from error
+    names = [config.model.served_name for config in configs]
+    if len(set(names)) < len(names):
+        raise ClusterConfigError(f"models have the names {', '.join(names)}; allowed: different ones")
+    siblings = Siblings(
+        slo_by_model={config.model.served_name: config.slo for config in configs},
+        allow_unmeasured=any(config.brownout.allow_unmeasured for config in configs),
+    )
+    return tuple(config.model_copy(update={"siblings": siblings}) for config in configs)
+
+
+def engine_deployments(configs: Sequence[ClusterConfig]) -> list[str]:
+    """Names of the Serve deployments of their engines, in the same order."""
+    if len(configs) == 1:
+        return ["EngineReplica"]
+    return [f"EngineReplica-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.model.served_name)}" for config in configs]
 
 
 def key_prefix(app_name: str) -> str:

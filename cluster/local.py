@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -22,12 +20,14 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.handle import DeploymentHandle
 
+from cluster.config import engine_deployments
 from cluster.controller_client import ControllerClient
 from cluster.driver import connect
 from cluster.errors import ClusterError
 from cluster.processes import is_port_free
 from cluster.ray_head import HOST, RayHead
 from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from cluster.scratch import Scratch
 from cluster.serve_file import ServeFile, load_serve_file
 from engine.models.spec import read_config
 from engine.tokenizer import load_tokenizer
@@ -43,11 +43,11 @@ OUR_ERROR = re.compile(r"^(?:\w+\.)*(?:ConfigError|ClusterConfigError|Checkpoint
 class LocalCluster:
     """Made by `start`, ended by `stop` or by leaving the with-block."""
 
-    def __init__(self, file: ServeFile, directory: Path) -> None:
+    def __init__(self, file: ServeFile, scratch: Scratch) -> None:
         self._file = file
-        self._directory = directory
-        self._redis = resolve_redis(directory / "redis")
-        self._head = RayHead(directory, _num_cpus(file))
+        self._scratch = scratch
+        self._redis = resolve_redis(scratch.path / "redis")
+        self._head = RayHead(scratch.path, _num_cpus(file))
         self._connected = False
 
     @classmethod
@@ -60,8 +60,7 @@ class LocalCluster:
         file = config if isinstance(config, ServeFile) else load_serve_file(config)
         file = file.on(HOST, file.http_port if port is None else port)
         check_before_start(file)
-        # Not below TMPDIR, which may be long: Ray puts sockets there, and their paths hold 107 bytes.
-        cluster = cls(file, Path(tempfile.mkdtemp(prefix="bs-", dir="/tmp")))
+        cluster = cls(file, Scratch.create())
         try:
             cluster._start()
         except BaseException:
@@ -76,7 +75,7 @@ class LocalCluster:
             ray.shutdown()
         self._head.stop()
         self._redis.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.remove()
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -113,9 +112,9 @@ class LocalCluster:
         return ControllerClient(self._file.app_name)
 
     def engine_handle(self) -> DeploymentHandle:
-        """A Serve handle of the engine replicas, for measurements without HTTP."""
+        """A Serve handle of the first model's engine replicas, for measurements without HTTP."""
         self._connect()
-        return serve.get_deployment_handle("EngineReplica", self._file.app_name)
+        return serve.get_deployment_handle(engine_deployments(self._file.configs)[0], self._file.app_name)
 
     def model_info(self) -> ModelInfo:
         info: ModelInfo = self.engine_handle().info.remote().result(timeout_s=30)
@@ -157,7 +156,7 @@ class LocalCluster:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             self.check()
-            if self._is_deployed() and self._num_replicas_answering() >= self._file.config.replicas:
+            if self._is_deployed() and self._num_replicas_answering() >= self._file.num_replicas:
                 return
             time.sleep(POLL_S)
         raise ClusterError(f"the application was not ready within {timeout_s:g} s")
@@ -203,18 +202,19 @@ def check_before_start(file: ServeFile) -> None:
     """Whatever can be known to fail without starting a process. Raises like `LocalCluster.start`."""
     if not is_port_free(file.http_port, HOST):
         raise ClusterError(f"port {file.http_port} of {HOST} is in use; choose another one with --port")
-    model = file.config.engine_config().model
-    directory = Path(model.path)
-    read_config(directory)
-    load_tokenizer(directory)
-    if model.load_format == "safetensors":
-        check_checkpoint(directory)
+    for config in file.configs:
+        model = config.engine_config().model
+        directory = Path(model.path)
+        read_config(directory)
+        load_tokenizer(directory)
+        if model.load_format == "safetensors":
+            check_checkpoint(directory)
 
 
 def _num_cpus(file: ServeFile) -> int:
     """What Ray may hand out: enough for every replica to be placed, whatever the machine has."""
-    config = file.config
-    return max(os.cpu_count() or 1, int(config.max_replicas * config.cpus_per_replica) + 1)
+    needed = sum(config.max_replicas * config.cpus_per_replica for config in file.configs)
+    return max(os.cpu_count() or 1, int(needed) + 1)
 
 
 def _last_line(messages: list[str]) -> str:

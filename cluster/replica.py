@@ -22,8 +22,9 @@ from cluster.controller_host import ControllerLocator
 from cluster.logs import configure as configure_logging
 from cluster.processes import process_age_s
 from cluster.reports import ReplicaReport, SwapReport
-from cluster.router.loads import LoadPublisher
-from cluster.router.policy import ReplicaLoad
+from cluster.router.arrivals import ArrivalRate
+from cluster.router.loads import LoadPublisher, router_group
+from cluster.router.policy import ARRIVALS_S, ReplicaLoad
 from cluster.transport.server import ChannelServer
 from controller.config import StreamSecurity
 from controller.security import read_token
@@ -61,8 +62,12 @@ class EngineReplica:
             credentials=control_credentials(config.controller.security),
             start_s=process_age_s(),
         )
+        self._arrivals = ArrivalRate(ARRIVALS_S)
         self._publisher = LoadPublisher(
-            config.resolved_redis_url(), context.app_name, self._replica_id, self._live_load
+            config.resolved_redis_url(),
+            router_group(context.app_name, context.deployment),
+            self._replica_id,
+            self._live_load,
         )
         self._max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self._drain_timeout_s = config.drain_timeout_s
@@ -128,7 +133,8 @@ class EngineReplica:
     def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
         stats, brownout = self._engine.stats(), self._engine.brownout
-        setting = brownout.in_force(time.monotonic())
+        now_s = time.monotonic()
+        setting = brownout.in_force(now_s)
         return ReplicaLoad(
             sequence=sequence,
             num_running=stats.num_running,
@@ -142,6 +148,7 @@ class EngineReplica:
             prefill=setting.prefill,
             decode=setting.decode,
             mean_output_tokens=brownout.governor.mean_output_tokens,
+            arrivals_per_s=self._arrivals.update(self._server.num_submitted, now_s),
         )
 
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from cluster.config import ClusterConfig, ClusterConfigError, describe, parse_config
+from cluster.config import ClusterConfig, ClusterConfigError, describe, parse_models
 
 IMPORT_PATH = "cluster.app:build"
 DEFAULT_HTTP_PORT = 8000
@@ -22,7 +22,17 @@ class ServeFile:
 
     document: dict[str, Any]
     app_name: str
-    config: ClusterConfig
+    configs: tuple[ClusterConfig, ...]  # one for each model
+
+    @property
+    def config(self) -> ClusterConfig:
+        """Of the first or only model."""
+        return self.configs[0]
+
+    @property
+    def num_replicas(self) -> int:
+        """Engine replicas of all models."""
+        return sum(config.replicas for config in self.configs)
 
     @property
     def http_port(self) -> int:
@@ -32,7 +42,7 @@ class ServeFile:
     def on(self, host: str, port: int) -> ServeFile:
         """The same applications behind another address."""
         options = {**(self.document.get("http_options") or {}), "host": host, "port": port}
-        return ServeFile({**self.document, "http_options": options}, self.app_name, self.config)
+        return ServeFile({**self.document, "http_options": options}, self.app_name, self.configs)
 
 
 def load_serve_file(path: str | Path) -> ServeFile:
@@ -68,7 +78,7 @@ def parse_serve_document(document: Any) -> ServeFile:
     if not ours:
         paths = [app.get("import_path") for app in document["applications"]]
         raise ClusterConfigError(f"applications.import_path is {paths!r}; allowed: {IMPORT_PATH}")
-    return ServeFile(document, ours[0].get("name", "default"), parse_config(ours[0].get("args") or {}))
+    return ServeFile(document, ours[0].get("name", "default"), parse_models(ours[0].get("args") or {}))
 
 
 def _refuse_unknown_keys(section: dict[str, Any], schema: type[BaseModel], prefix: str) -> None:

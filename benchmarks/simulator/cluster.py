@@ -16,7 +16,8 @@ from benchmarks.simulator.plant import Plant
 from benchmarks.simulator.replica import ReplicaLog, SimulatedReplica, profile_of
 from benchmarks.simulator.scenario import ScenarioFile
 from benchmarks.simulator.traffic import Request, Traffic
-from cluster.router.policy import Demand, ReplicaLoad, rank
+from cluster.router.arrivals import ArrivalRate
+from cluster.router.policy import ARRIVALS_S, Demand, ReplicaLoad, rank
 from controller.config import ControllerConfig
 from controller.model_control import ModelControl, Policy
 from controller.reports import Hello
@@ -74,6 +75,8 @@ class SimulatedCluster:
         }
         self._loads: dict[str, ReplicaLoad] = {}
         self._picked: Counter[str] = Counter()
+        self._num_received: Counter[str] = Counter()
+        self._arrivals = {replica_id: ArrivalRate(ARRIVALS_S) for replica_id in self._by_id}
         self._settings: list[tuple[float, Setting]] = []
         self._num_routed = 0
 
@@ -116,12 +119,19 @@ class SimulatedCluster:
         ids = list(self._by_id)
         if self._scenario.fleet.routing == "round_robin" or len(ids) == 1:
             order = [ids[self._num_routed % len(ids)]]
+        elif self._scenario.fleet.routing == "shortest_queue":
+            order = sorted(ids, key=lambda replica_id: (self._num_held(replica_id), self._draw()))
         else:
             demand = Demand(request.num_prompt, request.full)
             order = rank(ids, self._loads, self._picked, self._draw, demand) or ids
         self._num_routed += 1
         self._picked[order[0]] += 1
+        self._num_received[order[0]] += 1
         self._by_id[order[0]].submit(f"q{self._num_routed}", request)
+
+    def _num_held(self, replica_id: str) -> int:
+        load = self._loads.get(replica_id)
+        return self._picked[replica_id] + (load.held if load else 0)
 
     def _publish(self, replica: SimulatedReplica) -> None:
         stats, brownout = replica.stats(), replica.brownout
@@ -140,6 +150,9 @@ class SimulatedCluster:
             prefill=setting.prefill,
             decode=setting.decode,
             mean_output_tokens=brownout.governor.mean_output_tokens,
+            arrivals_per_s=self._arrivals[replica.replica_id].update(
+                self._num_received[replica.replica_id], self._events.now_s
+            ),
         )
         self._picked[replica.replica_id] = 0
 

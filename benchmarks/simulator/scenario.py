@@ -59,7 +59,7 @@ class FleetSection(_Section):
     replicas: PositiveInt = 1
     sample: PositiveInt = 64  # at most so many replicas are simulated; the others are taken to behave like them
     speeds: tuple[PositiveFloat, ...] = ()  # of the first replicas; 1: as profiled
-    routing: str = "load"  # load: the live router's policy; round_robin
+    routing: str = "load"  # load: the live router's policy; shortest_queue; round_robin
 
     @property
     def num_simulated(self) -> int:

@@ -22,5 +22,5 @@ def config_check(file: Path) -> None:
         from cluster.serve_file import load_serve_file  # Ray takes a second to import
 
         checked = load_serve_file(file)
-    config = checked.config
-    console.print(f"{file}: {config.model.served_name} on {config.replicas} replicas, law {config.controller.law}")
+    for config in checked.configs:
+        console.print(f"{file}: {config.model.served_name} on {config.replicas} replicas, law {config.controller.law}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 from fastapi import FastAPI
 from ray import serve
@@ -12,8 +13,9 @@ from cluster.config import ClusterConfig, resolve_path
 from cluster.ingress.admin import ControllerAdmin
 from cluster.ingress.backend import ServeBackend
 from cluster.ingress.routes import create_api
-from cluster.ingress.service import OpenAIService
+from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.logs import configure as configure_logging
+from cluster.router.loads import router_group
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router
 from engine.tokenizer import load_tokenizer
@@ -21,16 +23,15 @@ from engine.tokenizer import load_tokenizer
 
 @serve.ingress()
 class Ingress:
-    """HTTP entry point; as many replicas as the traffic needs, each with its own router."""
+    """HTTP entry point to all models; as many replicas as the traffic needs, each with its own routers."""
 
-    def __init__(self, engines: DeploymentHandle, config: ClusterConfig) -> None:
+    def __init__(self, configs: Sequence[ClusterConfig], *engines: DeploymentHandle) -> None:
+        """``engines`` belong to ``configs``, one each. What concerns the ingress is the same in all of them."""
+        config = configs[0]
         configure_logging(config.log_format)
         context = serve.get_replica_context()
-        model_path = str(resolve_path(config.model.path))
         self._service = OpenAIService(
-            backend=ServeBackend(engines, Router(LoadRegistry(config.resolved_redis_url(), context.app_name))),
-            tokenizer=load_tokenizer(model_path),
-            model_name=config.model.served_name,
+            models=[_served(*of_model, context.app_name) for of_model in zip(configs, engines, strict=True)],
             config=config.ingress,
             ingress_id=context.replica_id.unique_id,
             admin=ControllerAdmin(context.app_name),
@@ -39,3 +40,10 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service)
+
+
+def _served(config: ClusterConfig, engines: DeploymentHandle, app_name: str) -> ServedModel:
+    group = router_group(app_name, engines.deployment_name)
+    registry = LoadRegistry(config.resolved_redis_url(), group, config.ingress.num_replicas)
+    tokenizer = load_tokenizer(str(resolve_path(config.model.path)))
+    return ServedModel(config.model.served_name, ServeBackend(engines, Router(registry)), tokenizer)

@@ -17,7 +17,7 @@ from cluster.ingress.errors import Outcome, json_response
 from cluster.ingress.jobs import Job, make_job
 from cluster.ingress.responses import Choice, Endpoint, usage_object
 from cluster.ingress.schemas import CompletionBody, GenerationBody, StreamOptions, parse_body
-from cluster.ingress.service import OpenAIService
+from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.stream import EventStreamResponse, UsageEvents, generate_all, sse_events, without_answer
 from cluster.ingress.tool_calls import ToolCallParser
 from cluster.ingress.visit import Visit
@@ -66,24 +66,26 @@ class Generation:
     async def handle(self, request: Request, visit: Visit) -> Response:
         service = self._service
         body = parse_body(self.route.body, await service.read_body(request))
-        service.check_model(body.model)
-        info = await service.backend.info()
+        model = service.model(body.model)
+        info = await model.backend.info()
         traceparent = visit.trace.traceparent
-        job = await make_job(body, request.headers, visit.request_id, info, service.tokenizer, traceparent)
+        job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent)
         visit.begin(job.requests, bool(body.stream))
         headers = self._ignored(body)
         if body.stream:
-            return await self._streamed(visit, job, body, headers)
-        return await self._whole(visit, job, body, headers)
+            return await self._streamed(visit, job, body, model, headers)
+        return await self._whole(visit, job, body, model, headers)
 
-    async def _whole(self, visit: Visit, job: Job, body: GenerationBody, headers: Mapping[str, str]) -> Response:
+    async def _whole(
+        self, visit: Visit, job: Job, body: GenerationBody, model: ServedModel, headers: Mapping[str, str]
+    ) -> Response:
         choices = _choices(job)
-        async with aclosing(self._outputs(visit, job)) as outputs:
+        async with aclosing(self._outputs(visit, job, model)) as outputs:
             async for index, output in outputs:
                 choices[index].take(output)
         usage = usage_object(choices, job.num_choices_per_prompt)
         visit.note_answer(choices)
-        answer = self._shape(visit, job, body).response(choices, usage)
+        answer = self._shape(visit, job, body, model).response(choices, usage)
         visit.leave(Outcome.OK)
         brownout = usage["brownout"]
         told = {
@@ -93,8 +95,10 @@ class Generation:
         }
         return json_response(answer, headers={**headers, **told})
 
-    async def _streamed(self, visit: Visit, job: Job, body: GenerationBody, headers: Mapping[str, str]) -> Response:
-        outputs = self._outputs(visit, job)
+    async def _streamed(
+        self, visit: Visit, job: Job, body: GenerationBody, model: ServedModel, headers: Mapping[str, str]
+    ) -> Response:
+        outputs = self._outputs(visit, job, model)
         try:
             first = await anext(outputs)  # a refusal still gets its own HTTP status
         except BaseException:
@@ -118,7 +122,7 @@ class Generation:
         choices = _choices(job)
         events = sse_events(
             all_outputs(),
-            self._shape(visit, job, body),
+            self._shape(visit, job, body, model),
             choices,
             job.num_choices_per_prompt,
             _usage_events(body.stream_options),
@@ -126,9 +130,11 @@ class Generation:
         )
         return EventStreamResponse(events, headers, end)
 
-    async def _outputs(self, visit: Visit, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def _outputs(
+        self, visit: Visit, job: Job, model: ServedModel
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         outputs = generate_all(
-            self._service.backend,
+            model.backend,
             job.requests,
             visit.arrived_s,
             self._service.config.idle_timeout_s,
@@ -139,12 +145,12 @@ class Generation:
                 visit.note_output()
                 yield item
 
-    def _shape(self, visit: Visit, job: Job, body: GenerationBody) -> Endpoint:
+    def _shape(self, visit: Visit, job: Job, body: GenerationBody, model: ServedModel) -> Endpoint:
         return self.route.endpoint(
             response_id=self.route.id_prefix + visit.request_id,
-            model=self._service.model_name,
+            model=model.name,
             created_s=int(time.time()),
-            tokens=self._service.tokenizer,
+            tokens=model.tokenizer,
             prefix_texts=job.echo_texts,
             service_tier=body.service_tier,
         )

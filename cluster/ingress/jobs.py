@@ -17,6 +17,8 @@ from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
 
 CLASS_HEADER = "x-brownout-class"
+SESSION_HEADER = "x-session-id"  # requests of one session go to one replica if they can; else OpenAI's "user" does it
+MAX_SESSION_CHARACTERS = 128
 FULL_TIERS = ("scale", "priority")  # OpenAI's service tiers that pay for the undimmed model
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 MAX_CHOICES = 64  # n times the number of prompts
@@ -72,6 +74,7 @@ async def make_job(
         )
     grammar = await _grammar(body)
     # Clients may send the same id twice at a time; the engine must not see that.
+    session_id = (headers.get(SESSION_HEADER) or body.user or "")[:MAX_SESSION_CHARACTERS]
     engine_id = f"{request_id}-{secrets.token_hex(3)}"
     requests: list[GenerationRequest] = []
     for prompt_ids in prompts:
@@ -86,6 +89,7 @@ async def make_job(
                     service_class=consent,
                     priority=body.priority or 0,
                     traceparent=traceparent,
+                    session_id=session_id,
                 )
             )
     return Job(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import FastAPI, Request, Response
 
 from cluster.ingress.admin import BrownoutAdmin, PolicyBody, check_token, shown
 from cluster.ingress.errors import ApiError, Outcome, error_response, json_response
 from cluster.ingress.metrics import render
 from cluster.ingress.schemas import parse_body
-from cluster.ingress.service import OpenAIService
+from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.visit import Visit
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -23,27 +25,28 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
     @api.get("/ready")
     async def ready() -> Response:
         """200 while at least one engine replica answers."""
-        num_replicas = len(await service.backend.reports())
+        num_replicas = len(await service.reports())
         status = "ok" if num_replicas else "unavailable"
         return json_response({"status": status, "replicas": num_replicas}, 200 if num_replicas else 503)
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        reports = await service.backend.reports()
+        reports = await service.reports()
         page = render(reports, service.counter, service.concurrency.num_held, service.ingress_id)
         return Response(page, media_type=METRICS_TYPE)
 
     @api.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [await _model_object(service)]})
+        described = (_model_object(service, model) for model in service.models.values())
+        return json_response({"object": "list", "data": await asyncio.gather(*described)})
 
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         try:
-            service.check_model(name)
+            served = service.model(name)
         except ApiError as error:
             return error_response(error)
-        return json_response(await _model_object(service))
+        return json_response(await _model_object(service, served))
 
     async def read_brownout(request: Request, visit: Visit) -> Response:
         status = await _admin(service).status()
@@ -71,15 +74,15 @@ def _admin(service: OpenAIService) -> BrownoutAdmin:
     return service.admin
 
 
-async def _model_object(service: OpenAIService) -> dict[str, object]:
+async def _model_object(service: OpenAIService, model: ServedModel) -> dict[str, object]:
     described: dict[str, object] = {
-        "id": service.model_name,
+        "id": model.name,
         "object": "model",
         "created": service.started_s,
         "owned_by": "brownoutserve",
     }
     try:
-        info = await service.backend.info()
+        info = await model.backend.info()
     except ApiError:  # known by name even while no replica is up
         return described
     levels = {"num_levels": info.num_levels, "ladder_measured": info.ladder_measured}

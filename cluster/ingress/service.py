@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from fastapi import Request, Response
 
@@ -15,26 +17,32 @@ from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_err
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
 from cluster.ingress.metrics import RequestCounter
 from cluster.ingress.visit import Visit
+from cluster.reports import ReplicaReport
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model: its engines, and the tokenizer that they use."""
+
+    name: str
+    backend: Backend
+    tokenizer: Tokenizer
+
+
 class OpenAIService:
-    """``admin`` steers brownout; without one, the endpoint for it says that there is none."""
+    """Serves ``models``. ``admin`` steers brownout; without one, the endpoint for it says that there is none."""
 
     def __init__(
         self,
-        backend: Backend,
-        tokenizer: Tokenizer,
-        model_name: str,
+        models: Sequence[ServedModel],
         config: IngressSection,
         ingress_id: str,
         admin: BrownoutAdmin | None = None,
     ) -> None:
-        self.backend = backend
-        self.tokenizer = tokenizer
-        self.model_name = model_name
+        self.models = {model.name: model for model in models}
         self.config = config
         self.ingress_id = ingress_id
         self.admin = admin
@@ -73,9 +81,16 @@ class OpenAIService:
             self._body_limit.check_received(len(body))
         return bytes(body)
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError (not found) for a model that is not served here."""
-        if name != self.model_name:
-            raise ApiError(
-                Outcome.NOT_FOUND, f"the model {name!r} does not exist; this server has {self.model_name!r}", "model"
-            )
+    def model(self, name: str | None) -> ServedModel:
+        """The model of that name, the first one if none is given. Raises ApiError (not found)."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            raise ApiError(Outcome.NOT_FOUND, f"the model {name!r} does not exist; this server has {known}", "model")
+        return self.models[name]
+
+    async def reports(self) -> list[ReplicaReport]:
+        """Of every replica of every model that answers."""
+        of_models = await asyncio.gather(*(model.backend.reports() for model in self.models.values()))
+        return [report for reports in of_models for report in reports]

@@ -51,13 +51,13 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
     async def handle_tokenize(request: Request, visit: Visit) -> Response:
         raw = await service.read_body(request)
         body = parse_body(TokenizeBody, raw)
-        service.check_model(body.model or service.model_name)
-        info = await service.backend.info()
-        tokenizer = service.tokenizer
+        model = service.model(body.model)
+        info = await model.backend.info()
+        tokenizer = model.tokenizer
         if body.prompt is not None:
             ids = await encode(body.prompt, "prompt", tokenizer, body.add_special_tokens)
         else:
-            chat = parse_body(ChatBody, raw, model=service.model_name)
+            chat = parse_body(ChatBody, raw, model=model.name)
             ids = await encode(render_chat(chat, tokenizer), "messages", tokenizer, add_special_tokens=False)
         visit.leave(Outcome.OK)
         texts = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
@@ -66,12 +66,12 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
 
     async def handle_detokenize(request: Request, visit: Visit) -> Response:
         body = parse_body(DetokenizeBody, await service.read_body(request))
-        service.check_model(body.model or service.model_name)
-        if body.tokens and max(body.tokens) >= service.tokenizer.vocab_size:
+        tokenizer = service.model(body.model).tokenizer
+        if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
             raise ApiError(
                 Outcome.INVALID,
-                f"tokens has {max(body.tokens)}; ids go up to {service.tokenizer.vocab_size - 1}",
+                f"tokens has {max(body.tokens)}; ids go up to {tokenizer.vocab_size - 1}",
                 "tokens",
             )
         visit.leave(Outcome.OK)
-        return json_response({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -1,6 +1,6 @@
 """Replica loads in Redis: one leased key per replica, and the publisher that each replica runs.
 
-All keys of an application's router share a hash tag, so that a Redis Cluster keeps them together.
+All keys of a model's routers share a hash tag, so that a Redis Cluster keeps them together.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(ReplicaLoad).decode  # raises ValueError when the bytes are no load
 
 
-def load_key(app_name: str, replica_id: str) -> str:
-    return f"{_tag(app_name)}:load:{replica_id}"
+def router_group(app_name: str, deployment: str) -> str:
+    """The replicas among which a router chooses: those of one model. Names their keys."""
+    return f"{key_prefix(app_name)}:{deployment}"
 
 
-def picks_key(app_name: str) -> str:
+def load_key(group: str, replica_id: str) -> str:
+    return f"{_tag(group)}:load:{replica_id}"
+
+
+def picks_key(group: str) -> str:
     """A hash: see registry.py."""
-    return f"{_tag(app_name)}:picks"
+    return f"{_tag(group)}:picks"
 
 
-def _tag(app_name: str) -> str:
-    return f"{{{key_prefix(app_name)}:router}}"
+def _tag(group: str) -> str:
+    return f"{{{group}:router}}"
 
 
 def connect(redis_url: str) -> aioredis.Redis:
@@ -53,6 +58,13 @@ def connect(redis_url: str) -> aioredis.Redis:
     )
 
 
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel until it has ended: a client may swallow a cancellation that meets its own timeout."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait((task,), timeout=TIMEOUT_S)
+
+
 class LoadPublisher:
     """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
 
@@ -60,9 +72,9 @@ class LoadPublisher:
     route to; the load is then withdrawn for good.
     """
 
-    def __init__(self, redis_url: str, app_name: str, replica_id: str, take_load: Callable[[int], ReplicaLoad]) -> None:
+    def __init__(self, redis_url: str, group: str, replica_id: str, take_load: Callable[[int], ReplicaLoad]) -> None:
         self._client = connect(redis_url)
-        self._key = load_key(app_name, replica_id)
+        self._key = load_key(group, replica_id)
         self._take_load = take_load
         self._sequence = 0
         self._reachable = True
@@ -74,8 +86,7 @@ class LoadPublisher:
     async def stop(self) -> None:
         """Withdraw the load, so that routers stop choosing this replica at once."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._withdraw()
         await self._client.aclose()
 

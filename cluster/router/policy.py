@@ -34,6 +34,7 @@ AFFINITY_BOUND = 1.25  # times the mean number held: no affinity beyond it (boun
 AFFINITY_SLACK = 2  # requests that a replica may hold over the bound anyway, or an idle cluster had no affinity
 FULL_KV_FRAC = 0.95
 UNLIMITED = PhaseSetting(0, 0, float("inf"))
+ARRIVALS_S = 3.0  # time constant of a replica's arrival rate
 UNKNOWN_STEP_S = 0.05  # of a replica that has no profile; equal for all, so it decides nothing
 
 
@@ -42,7 +43,7 @@ class ReplicaLoad:
     """A replica's last published load. ``sequence`` grows by one with each publication.
 
     ``step_time``, ``prefill`` and ``decode`` are the governor's model and limits; without them the level is unknown
-    and taken to be 0.
+    and taken to be 0. ``mean_output_tokens`` and ``arrivals_per_s`` describe the traffic here.
     """
 
     sequence: int
@@ -57,6 +58,7 @@ class ReplicaLoad:
     prefill: PhaseSetting = UNLIMITED
     decode: PhaseSetting = UNLIMITED
     mean_output_tokens: float = 64.0
+    arrivals_per_s: float = 0.0
 
     @property
     def num_levels(self) -> int:
@@ -128,7 +130,11 @@ def score(load: ReplicaLoad, num_picked: int, demand: Demand = Demand(), affinit
 
 
 def predict(load: ReplicaLoad, num_picked: int, num_prompt_tokens: float = 0) -> Prediction:
-    """What the replica's governor will do with one request more: the least level that keeps TPOT and TTFT."""
+    """What the replica's governor will do with one request more: the least level that keeps TPOT and TTFT, and at
+    which a full batch finishes requests as fast as they arrive.
+
+    Without the last, a dimmed replica would seem idle because it is quick, and be sent what keeps it dimmed.
+    """
     held = load.held + num_picked + 1
     rows = min(held, load.max_num_seqs)
     prefill_steps = (load.queued_prefill_tokens + num_prompt_tokens) / load.max_num_batched_tokens
@@ -140,12 +146,13 @@ def predict(load: ReplicaLoad, num_picked: int, num_prompt_tokens: float = 0) ->
         return Prediction(0, steps * UNKNOWN_STEP_S)
     floor = min(max(load.prefill.floor, load.decode.floor), model.num_levels - 1)
     ceiling = min(max(load.prefill.ceiling, load.decode.ceiling), model.num_levels - 1)
+    places_per_s = (load.arrivals_per_s + (num_picked + 1) / ARRIVALS_S) * load.mean_output_tokens
     for level in range(floor, ceiling + 1):
         step_s = model.predict_s(level, rows)
-        if (
-            step_s <= load.decode.margin * load.decode.budget_s
-            and steps * step_s <= load.prefill.margin * load.prefill.budget_s
-        ):
+        keeps_tpot = step_s <= load.decode.margin * load.decode.budget_s
+        keeps_ttft = steps * step_s <= load.prefill.margin * load.prefill.budget_s
+        keeps_up = places_per_s * model.predict_s(level, load.max_num_seqs) <= load.max_num_seqs
+        if keeps_tpot and keeps_ttft and keeps_up:
             return Prediction(level, steps * step_s)
     return Prediction(ceiling, steps * model.predict_s(ceiling, rows))
 

@@ -2,8 +2,9 @@
 
 A pick is counted in Redis until the replica's published load shows it. Counting and reading are one round trip, made in
 the background: at once when there are picks to tell, else every EXCHANGE_PERIOD_S. So a process that picks learns what
-the others picked about one round trip ago, and nothing is awaited on a request's path. When Redis is away the cache
-goes stale within STALE_S and is then empty.
+the others picked about one round trip ago, and nothing is awaited on a request's path. A pick not yet told counts once
+for each ingress process: the others see the same loads, so each is probably making the same pick at this moment.
+When Redis is away the cache goes stale within STALE_S and is then empty.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from redis.exceptions import RedisError
 
-from cluster.router.loads import connect, decode, load_key, picks_key
+from cluster.router.loads import connect, decode, end, load_key, picks_key
 from cluster.router.policy import ReplicaLoad
 
 EXCHANGE_PERIOD_S = 0.05
@@ -31,12 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class LoadRegistry:
-    """Loads of one application's replicas. All methods belong to one event loop."""
+    """Loads of one group of replicas, for one of ``num_routers``. All methods belong to one event loop."""
 
-    def __init__(self, redis_url: str, app_name: str) -> None:
+    def __init__(self, redis_url: str, group: str, num_routers: int = 1) -> None:
         self._client = connect(redis_url)
-        self._app_name = app_name
-        self._picks_key = picks_key(app_name)
+        self._group = group
+        self._num_routers = num_routers
+        self._picks_key = picks_key(group)
         self._replica_ids: tuple[str, ...] = ()
         self._loads: dict[str, ReplicaLoad] = {}
         self._exchanged_s = float("-inf")
@@ -60,9 +62,10 @@ class LoadRegistry:
     def num_picked(self) -> Mapping[str, int]:
         """Picks of all processes that the published loads cannot show yet."""
         picked: Counter[str] = Counter()
-        for (replica_id, sequence), count in (*self._told.items(), *self._untold.items()):
-            if self._is_unseen(replica_id, sequence):
-                picked[replica_id] += count
+        for picks, weight in ((self._told, 1), (self._untold, self._num_routers)):
+            for (replica_id, sequence), count in picks.items():
+                if self._is_unseen(replica_id, sequence):
+                    picked[replica_id] += weight * count
         return picked
 
     def count_pick(self, replica_id: str) -> None:
@@ -75,8 +78,7 @@ class LoadRegistry:
     async def close(self) -> None:
         """Stop exchanging."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._client.aclose()
 
     async def exchange(self) -> None:
@@ -92,7 +94,7 @@ class LoadRegistry:
                 pipeline.hdel(self._picks_key, *seen)
             pipeline.pexpire(self._picks_key, int(PICKS_TTL_S * 1000))
             pipeline.hgetall(self._picks_key)
-            pipeline.mget([load_key(self._app_name, replica_id) for replica_id in replica_ids])
+            pipeline.mget([load_key(self._group, replica_id) for replica_id in replica_ids])
             *_, picks, values = await pipeline.execute()
         self._loads = {
             replica_id: decode(value) for replica_id, value in zip(replica_ids, values, strict=True) if value

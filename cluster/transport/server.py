@@ -57,6 +57,7 @@ class ChannelServer:
         self._server: grpc.aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
         self._draining = False
+        self.num_submitted = 0  # requests that the engine was given, since start
 
     async def start(self, host: str) -> str:
         """Listen on a free port; returns ``host:port``."""
@@ -104,7 +105,7 @@ class ChannelServer:
         given = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
         if not hmac.compare_digest(str(given).encode(), self._token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown token")
-        channel = _Channel(self._engine, lambda: self._draining)
+        channel = _Channel(self._engine, self._admit)
         self._channels.add(channel)
         reading = asyncio.create_task(channel.read(orders))
         writing = asyncio.create_task(channel.write(context))
@@ -118,6 +119,12 @@ class ChannelServer:
             if failures := [end for end in ends if isinstance(end, Exception)]:
                 logger.warning("a channel ends: %r", failures[0])
             channel.close()
+
+    def _admit(self) -> None:
+        """Count a new request. Raises DrainingError."""
+        if self._draining:
+            raise DrainingError("the replica is being taken down")
+        self.num_submitted += 1
 
     async def _watch_engine(self) -> None:
         """End every request as soon as the engine is known to be dead or wedged, so that none waits for it."""
@@ -133,9 +140,9 @@ class ChannelServer:
 class _Channel:
     """One ingress process: its open requests, and what is to be sent to it."""
 
-    def __init__(self, engine: RequestSink, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, engine: RequestSink, admit: Callable[[], None]) -> None:
         self._engine = engine
-        self._is_draining = is_draining
+        self._admit = admit
         self._open: set[str] = set()
         self._outgoing: Batcher[RequestOutput | Refusal] = Batcher()
 
@@ -182,8 +189,7 @@ class _Channel:
             self._outgoing.put(refusal(request_id, error))
             return
         try:
-            if self._is_draining():
-                raise DrainingError("the replica is being taken down")
+            self._admit()
             self._engine.submit(request, lambda item: self._deliver(request_id, item))
         except (InvalidRequestError, EngineDeadError, DrainingError) as error:
             self._outgoing.put(refusal(request_id, error))

@@ -60,10 +60,6 @@ class BlockManager:
         """Blocks in the prefix index, used or evictable."""
         return len(self._prefix)
 
-    def can_hold(self, num_tokens: int) -> bool:
-        """Whether a sequence of ``num_tokens`` tokens would fit if it were alone."""
-        return self._num_blocks_of(num_tokens) < self.num_blocks
-
     def start(self, request_id: str, token_ids: Sequence[int], exact_only: bool) -> int:
         """Open a sequence and attach the longest cached chain of full blocks; returns the tokens it covers.
 

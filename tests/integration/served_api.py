@@ -13,7 +13,7 @@ import uvicorn
 
 from cluster.config import IngressSection
 from cluster.ingress.routes import create_api
-from cluster.ingress.service import OpenAIService
+from cluster.ingress.service import OpenAIService, ServedModel
 from engine.async_engine import AsyncEngine
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from tests.integration.in_process_backend import InProcessBackend
@@ -48,7 +48,7 @@ def serve(config: EngineConfig, ingress: IngressSection) -> Iterator[ServedApi]:
 
     async def run() -> None:
         engine = await AsyncEngine.start(config)
-        service = OpenAIService(InProcessBackend(engine), engine.tokenizer, MODEL, ingress, "ingress")
+        service = OpenAIService([ServedModel(MODEL, InProcessBackend(engine), engine.tokenizer)], ingress, "ingress")
         server = uvicorn.Server(uvicorn.Config(create_api(service), host="127.0.0.1", port=0, log_level="warning"))
         serving = asyncio.create_task(server.serve())
         while not server.started:

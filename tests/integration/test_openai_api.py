@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import IngressSection
 from cluster.ingress.routes import create_api
-from cluster.ingress.service import OpenAIService
+from cluster.ingress.service import OpenAIService, ServedModel
 from engine.async_engine import AsyncEngine
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.types import BrownoutSetting
@@ -51,7 +51,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Asyn
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(engine: AsyncEngine) -> AsyncIterator[httpx.AsyncClient]:
     config = IngressSection(max_body_bytes=MAX_BODY_BYTES, max_concurrent=16)
-    service = OpenAIService(InProcessBackend(engine), engine.tokenizer, MODEL, config, "ingress")
+    service = OpenAIService([ServedModel(MODEL, InProcessBackend(engine), engine.tokenizer)], config, "ingress")
     transport = httpx.ASGITransport(create_api(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         yield client

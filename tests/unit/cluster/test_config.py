@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster.config import ClusterConfigError, parse_config, resolve_path
+from cluster.config import ClusterConfigError, engine_deployments, parse_config, parse_models, resolve_path
 from cluster.serve_file import load_serve_file
 from tests.models import PROJECT_ROOT
 
@@ -121,3 +122,45 @@ def test_a_bad_serve_file_is_one_sentence_that_names_it(tmp_path: Path, text: st
 def test_a_missing_serve_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ClusterConfigError, match=r"serve\.yaml cannot be read: No such file"):
         load_serve_file(tmp_path / "serve.yaml")
+
+
+TWO = {
+    "replicas": 2,
+    "slo": {"ttft_s": 1.0, "tpot_s": 0.1},
+    "models": [
+        {"model": {"path": "a", "name": "org/small"}},
+        {"model": {"path": "b"}, "replicas": 1, "slo": {"ttft_s": 9.0, "tpot_s": 0.9}},
+    ],
+}
+
+
+def test_several_models_share_what_stands_beside_them() -> None:
+    small, large = parse_models(TWO)
+    assert [config.model.served_name for config in (small, large)] == ["org/small", "b"]
+    assert [config.replicas for config in (small, large)] == [2, 1]
+    assert engine_deployments((small, large)) == ["EngineReplica-org-small", "EngineReplica-b"]
+    assert small.controller_config("app") == large.controller_config("app")
+    controller = small.controller_config("app")
+    assert (controller.slo_of("org/small").ttft_s, controller.slo_of("b").ttft_s) == (1.0, 9.0)
+
+
+def test_one_model_needs_no_list() -> None:
+    (config,) = parse_models({"model": {"path": "a"}})
+    assert config == parse_config({"model": {"path": "a"}})
+    assert engine_deployments((config,)) == ["EngineReplica"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([], "models is"),
+        ({"a": {}}, "models is"),
+        ([{"model": {"path": "a"}}, {"model": {"path": "a"}}], "names a, a; allowed: different ones"),
+        ([{"model": {"path": "a"}, "ingress": {}}], "models[0] has ingress; allowed: beside models"),
+        ([{"model": {"path": "a"}, "replicas": 0}], "models[0]: replicas is 0"),
+        ([{}], "models[0]: model is missing"),
+    ],
+)
+def test_mistakes_in_models_are_named(models: object, message: str) -> None:
+    with pytest.raises(ClusterConfigError, match=re.escape(message)):
+        parse_models({"models": models})

@@ -40,6 +40,11 @@ def slow(some: ReplicaLoad) -> ReplicaLoad:
     return replace(some, step_time=replace(STEP_TIME, trim=1 / 0.6))
 
 
+def busy(some: ReplicaLoad) -> ReplicaLoad:
+    """So many short requests that level 0 does not carry them, though few are here at a time."""
+    return replace(some, arrivals_per_s=8.0)
+
+
 PROMPT = Demand(num_prompt_tokens=128)
 CACHED_ON_A = replace(PROMPT, cached_tokens={"a": 128})
 AT_HOME_ON_A = replace(PROMPT, home="a")
@@ -52,6 +57,7 @@ TABLE = [
     ("least level first, TPOT", {"a": load(running=5), "b": load(running=3, prefill=512)}, {}, PROMPT, ["b", "a"]),
     ("least level first, TTFT", {"a": load(1, prefill=20_000), "b": load(running=3)}, {}, PROMPT, ["b", "a"]),
     ("least level first, slower machine", {"a": slow(load(running=3)), "b": load(4)}, {}, PROMPT, ["b", "a"]),
+    ("least level first, arrivals", {"a": busy(load(running=2)), "b": load(running=4)}, {}, PROMPT, ["b", "a"]),
     ("own picks count as held", {"a": load(running=2), "b": load(running=4)}, {"a": 3}, PROMPT, ["b", "a"]),
     ("level before affinity", {"a": load(running=5), "b": load(running=4)}, {}, CACHED_ON_A, ["b", "a"]),
     ("exact: undimmed first", {"a": load(level=1), "b": load(running=3)}, {}, EXACT, ["b", "a"]),

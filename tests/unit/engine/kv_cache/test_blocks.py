@@ -252,11 +252,6 @@ def test_without_prefix_caching_nothing_is_kept():
     assert manager.start("b", list(range(9)), exact_only=False) == 0
 
 
-def test_can_hold(manager):
-    assert manager.can_hold(32)
-    assert not manager.can_hold(33)
-
-
 def test_misuse_is_refused(manager):
     run(manager, "a", list(range(5)))
     with pytest.raises(ValueError, match="already open"):

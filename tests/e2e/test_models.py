@@ -1,0 +1,41 @@
+"""Two models behind one ingress, from one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.local import LocalCluster
+from cluster.serve_file import parse_serve_document
+from tests.e2e.conftest import MODEL, Metrics
+from tests.models import write_config
+
+pytestmark = pytest.mark.cluster
+
+
+def test_each_model_has_its_own_replicas(
+    serve_document: Callable[..., dict[str, Any]], tmp_path: Path, read_metrics: Callable[[str], Metrics]
+) -> None:
+    document = serve_document(replicas=1)
+    args = document["applications"][0]["args"]
+    other = write_config(tmp_path / "other", hidden_size=32)
+    first, second = args.pop("model"), {"path": str(other), "load_format": "random", "max_model_len": 128}
+    args["models"] = [{"model": first}, {"model": second, "slo": {"ttft_s": 9.0, "tpot_s": 0.9}}]
+    with LocalCluster.start(parse_serve_document(document)) as cluster:
+        with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as api:
+            assert {model.id: model.max_model_len for model in api.models.list()} == {MODEL: 512, "other": 128}
+            for model in (MODEL, "other"):
+                answer = api.completions.create(model=model, prompt="Hello", max_tokens=4)
+                assert answer.model == model
+                assert answer.usage.completion_tokens == 4
+            with pytest.raises(openai.NotFoundError, match=f"'{MODEL}', 'other'"):
+                api.completions.create(model="nobody", prompt="Hello", max_tokens=4)
+        assert read_metrics(cluster.url).label_values("model") >= {MODEL, "other"}
+        statuses = cluster.controller.status()["models"]
+        assert set(statuses) == {MODEL, "other"}
+        assert httpx.get(f"{cluster.url}/ready").json()["replicas"] == 2

@@ -1,0 +1,45 @@
+"""Folders of local clusters: removed when their owner has ended, however it did."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import scratch
+from cluster.scratch import PREFIX, Scratch
+
+
+@pytest.fixture(autouse=True)
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(scratch, "PARENT", tmp_path)
+    return tmp_path
+
+
+def test_a_dead_owners_folder_is_removed_by_the_next(parent: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from cluster import scratch
+scratch.PARENT = Path({str(parent)!r})
+scratch.Scratch.create()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False)
+    (left,) = parent.glob(f"{PREFIX}*")
+    new = Scratch.create()
+    assert not left.exists()
+    assert new.path.exists()
+    new.remove()
+    assert not list(parent.iterdir())
+
+
+def test_folders_in_use_and_of_others_stay(parent: Path) -> None:
+    (parent / f"{PREFIX}foreign").mkdir()
+    first, second = Scratch.create(), Scratch.create()
+    assert first.path.exists() and (parent / f"{PREFIX}foreign").exists()
+    first.remove()
+    second.remove()
