@@ -35,7 +35,7 @@ def profile(run: Callable[[], object], repeats: int, floors_us: Mapping[str, flo
     spans = sorted(
         (event.time_range.end, event.time_range.start, _kernel(event.name))
         for event in profiler.events()
-        if event.device_type is torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA
     )
     us: dict[str, float] = defaultdict(float)
     launches: dict[str, float] = defaultdict(float)

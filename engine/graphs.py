@@ -33,6 +33,7 @@ ROW_SIZES = (
     *range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)
 )  # fmt: skip
 LARGE_SIZE_MULTIPLE = 256  # of steps beyond
+WARM_UP_ROWS = 2048  # distance between the large sizes that are run at start, to compile their kernels
 NUM_RESULT_BUFFERS = 2  # one is read by the host while the next step writes the other
 
 
@@ -85,7 +86,7 @@ class StepGraphs:
             self._decodes = {size: self._capture([self._decode_of(size)], size, size)[0] for size in reversed(sizes)}
         row_sizes = [size for size in _sizes_up_to(max_rows, ROW_SIZES) if size <= ROW_SIZES[-1]]
         self._parts = {size: self._capture(self._parts_of(size), size, max_num_seqs) for size in reversed(row_sizes)}
-        for size in range(ROW_SIZES[-1] + LARGE_SIZE_MULTIPLE, max_rows + 1, ROW_SIZES[-1]):
+        for size in range(ROW_SIZES[-1] + LARGE_SIZE_MULTIPLE, max_rows + 1, WARM_UP_ROWS):
             self._run_once(self._parts_of(size), size)
         self._heads = {
             size: self._capture([self._head_of(size)], ROW_SIZES[0], max_num_seqs)[0]

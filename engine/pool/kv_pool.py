@@ -56,11 +56,13 @@ def log_graphs(plan: MemoryPlan, device: torch.device) -> None:
 
 
 def _graphs_bytes(config: EngineConfig, spec: ModelSpec, activations_bytes: int, dtype: torch.dtype) -> int:
-    """Graphs share one pool as large as the largest captured step; decode and head graphs keep their logits."""
-    from engine.graphs import DECODE_SIZES
+    """Graphs share one pool as large as the largest captured step, and a few arrays at fixed addresses."""
+    from engine.graphs import ROW_SIZES
 
-    num_logits = 2 * sum(size for size in DECODE_SIZES if size <= config.scheduler.max_num_seqs)
-    return activations_bytes + num_logits * spec.vocab_size * dtype.itemsize + DRIVER_BYTES
+    max_rows, max_num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    pool_bytes = int(activations_bytes * min(1.0, ROW_SIZES[-1] / max_rows))
+    num_fixed = max_rows * (2 * spec.q_size + spec.hidden_size) + max_num_seqs * spec.vocab_size
+    return pool_bytes + num_fixed * dtype.itemsize + DRIVER_BYTES
 
 
 def _measure_activations(
