@@ -32,6 +32,7 @@ from engine.config import (
 )
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+ENGINE_DEPLOYMENT = "EngineReplica"
 # One of each for all models; with autoscaling each of them has its own number of replicas within the same limits.
 SHARED_KEYS = frozenset({"controller", "ingress", "redis_url", "log_format", "autoscaling", "siblings"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -235,8 +236,17 @@ def parse_models(args: Mapping[str, Any]) -> tuple[ClusterConfig, ...]:
 def engine_deployments(configs: Sequence[ClusterConfig]) -> list[str]:
     """Names of the Serve deployments of their engines, in the same order."""
     if len(configs) == 1:
-        return ["EngineReplica"]
-    return [f"EngineReplica-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.model.served_name)}" for config in configs]
+        return [ENGINE_DEPLOYMENT]
+    return [engine_deployment_of(config.model.served_name) for config in configs]
+
+
+def engine_deployment_of(model_name: str) -> str:
+    """The deployment's name for one model of several."""
+    return f"{ENGINE_DEPLOYMENT}-{re.sub(r'[^A-Za-z0-9_.-]', '-', model_name)}"
+
+
+def is_engine_deployment(name: str) -> bool:
+    return name.split("-")[0] == ENGINE_DEPLOYMENT
 
 
 def key_prefix(app_name: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray import serve
 
 from cluster.controller_host import NAMESPACE, actor_name
+from cluster.driver import engine_handles
 from cluster.errors import ClusterError
 
 TIMEOUT_S = 30.0  # Ray holds calls back while the actor restarts
@@ -61,9 +61,10 @@ class ControllerClient:
         return pid
 
     def _ask_replicas(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        engines = serve.get_deployment_handle("EngineReplica", self._app_name)
+        answers: list[list[dict[str, Any]]] = []
         try:
-            answers = engines.broadcast(method, *args).results(timeout_s=TIMEOUT_S)
+            for engines in engine_handles(self._app_name):
+                answers += engines.broadcast(method, *args).results(timeout_s=TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise ClusterError(f"the engine replicas do not answer: {error}") from error
         return sorted((record for answer in answers for record in answer), key=lambda record: record["ended_at_s"])

@@ -6,8 +6,11 @@ import logging
 import os
 
 import ray
+from ray import serve
 from ray._private import ray_constants, services
+from ray.serve.handle import DeploymentHandle
 
+from cluster.config import engine_deployment_of, is_engine_deployment
 from cluster.errors import ClusterError
 
 
@@ -37,3 +40,12 @@ def connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ClusterError(f"the Ray cluster at {address} does not answer") from error
+
+
+def engine_handles(app_name: str, model: str | None = None) -> list[DeploymentHandle]:
+    """One for each model of the application, or for ``model`` alone. Call `connect` first."""
+    app = serve.status().applications.get(app_name)
+    names = [name for name in app.deployments if is_engine_deployment(name)] if app else []
+    if model is not None and len(names) > 1:
+        names = [name for name in names if name == engine_deployment_of(model)]
+    return [serve.get_deployment_handle(name, app_name) for name in names]

@@ -20,7 +20,7 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import engine_deployments
+from cluster.config import engine_deployments, is_engine_deployment
 from cluster.controller_client import ControllerClient
 from cluster.driver import connect
 from cluster.errors import ClusterError
@@ -144,8 +144,12 @@ class LocalCluster:
     def replica_ids(self) -> list[str]:
         """Of the engine replicas that Serve runs now."""
         app = self.serve_details()["applications"].get(self._file.app_name, {"deployments": {}})
-        replicas = app["deployments"].get("EngineReplica", {"replicas": []})["replicas"]
-        return [replica["replica_id"] for replica in replicas]
+        return [
+            replica["replica_id"]
+            for name, deployment in app["deployments"].items()
+            if is_engine_deployment(name)
+            for replica in deployment["replicas"]
+        ]
 
     def check(self) -> None:
         """Raises ClusterError when the cluster has ended by itself."""

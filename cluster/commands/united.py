@@ -51,8 +51,9 @@ def united_show(path: Path, weights: bool) -> None:
     "--replaces", type=click.Choice(["2", "4", "8"]),
     help="Way that gives up its place to PATH; a build of the same way always replaces the one in use.",
 )  # fmt: skip
+@click.option("--model", help="The model that PATH belongs to, where several are served.")
 @target_options
-def united_swap(path: str, ladder: str, replaces: str | None, address: str | None, app: str) -> None:
+def united_swap(path: str, ladder: str, replaces: str | None, model: str | None, address: str | None, app: str) -> None:
     """Put the united experts of PATH in place on every replica, while serving.
 
     PATH is a directory on every replica's node. Each replica checks it as a whole first, and refuses it with everything
@@ -60,18 +61,25 @@ def united_swap(path: str, ladder: str, replaces: str | None, address: str | Non
     undimmed answers stay exact throughout.
     """
     with one_sentence():
-        from ray import serve
-
-        from cluster.driver import connect, find_cluster
+        from cluster.driver import connect, engine_handles, find_cluster
 
         connect(find_cluster(address))
         here = Path(path)
         given = str(here.resolve()) if here.exists() else path
-        handle = serve.get_deployment_handle("EngineReplica", app)
+        handles = engine_handles(app, model)
+        if len(handles) > 1:
+            fail(f"application {app!r} serves several models; name one with --model", 2)
         with console.status("checking and swapping, layer by layer"):
-            answers = handle.broadcast(
-                "swap_united", given, str(Path(ladder).resolve()) if ladder else "", int(replaces) if replaces else None
-            ).results(timeout_s=TIMEOUT_S)
+            answers = [
+                report
+                for handle in handles
+                for report in handle.broadcast(
+                    "swap_united",
+                    given,
+                    str(Path(ladder).resolve()) if ladder else "",
+                    int(replaces) if replaces else None,
+                ).results(timeout_s=TIMEOUT_S)
+            ]
     for report in answers:
         console.print(f"{report.replica_id}: {report.error or 'in place'}")
     if not answers:
