@@ -12,9 +12,12 @@ from click.testing import CliRunner, Result
 from cluster.cli import main
 from engine.calibrate.profile import PROFILE_FILE, QualityProfile, read_profile
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig
-from engine.moe.ladder import read_ladder
+from engine.moe.ladder import Ladder, Level, Provenance, read_ladder
+from engine.moe.settings import DimmerKind, DimSetting
+from engine.moe.united import UnitedArtefact
 from engine.pool.slots import load_slot
 from engine.types import Phase
+from engine.weights.digest import model_digest
 from tests.models import PROJECT_ROOT, write_checkpoint
 from tests.united import write_united
 
@@ -97,14 +100,17 @@ def test_too_little_text_is_refused(model: Path, tmp_path: Path) -> None:
     assert "a decode 65 step takes 65 sequences" in result.output
 
 
-def test_a_ladder_of_another_build_counts_as_unmeasured(calibrated: Path) -> None:
-    write_united(calibrated / "united-4", calibrated, 4, seed=1)
-    try:
-        with pytest.raises(ConfigError, match="was measured with other united experts"):
-            load_slot(served(calibrated))
-        assert not load_slot(served(calibrated, allow_unmeasured=True)).ladder.measured
-    finally:
-        write_united(calibrated / "united-4", calibrated, 4)
+def test_a_ladder_of_another_build_counts_as_unmeasured(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    built_for = UnitedArtefact(write_united(model / "united-4", model, 4)).digest
+    levels = (Level(loss=0.0), Level(DimSetting(DimmerKind.UNITED, way=4, share=1.0), loss=0.1))
+    buckets = Ladder.uniform(levels).buckets
+    Ladder(buckets, Provenance(model_digest(model), {4: built_for})).write(model / "ladder.json")
+    assert load_slot(served(model)).ladder.measured
+    write_united(model / "united-4", model, 4, seed=1)
+    with pytest.raises(ConfigError, match="was measured with other united experts"):
+        load_slot(served(model))
+    assert not load_slot(served(model, allow_unmeasured=True)).ladder.measured
 
 
 def test_a_ladder_of_another_model_is_refused(calibrated: Path, tmp_path: Path) -> None:
