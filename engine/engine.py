@@ -23,6 +23,7 @@ from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
+from engine.load import load_of
 from engine.moe.swap import SwapPlan, UnitedSwap, plan_swap
 from engine.pool.slots import ModelSlot, load_slot
 from engine.profile import profile_steps
@@ -314,22 +315,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The load right now."""
-        scheduler, brownout, now_s = self.scheduler, self.brownout, self._clock()
-        levels = brownout.levels if scheduler.has_work else Levels()
-        no_token = [s.arrival_s for s in (*scheduler.running, *scheduler.waiting) if s.first_token_s is None]
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            max_num_seqs=self.config.scheduler.max_num_seqs,
-            queued_prefill_tokens=scheduler.queued_prefill_tokens,
-            oldest_wait_s=now_s - min(no_token) if no_token else 0.0,
-            kv_used_frac=scheduler.blocks.used_frac,
-            num_free_blocks=scheduler.blocks.num_free,
-            levels=levels,
-            predicted_step_s=brownout.predicted_step_s(levels.peak),
-            num_preemptions=self._num_preemptions,
-            num_steps=self._num_steps,
-            num_tokens=self._num_tokens,
-            setting_version=brownout.newest.version,
-            lease_expired=brownout.lease_expired(now_s),
+        return load_of(
+            self.scheduler, self.brownout, self._clock(), self._num_preemptions, self._num_steps, self._num_tokens
         )

@@ -15,6 +15,7 @@ from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.governor import step_time_for_queue_s
 from engine.kv_cache.blocks import BlockManager
+from engine.load import load_of
 from engine.profile import profiled_token_counts
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.scheduler.sequence import Sequence
@@ -102,23 +103,7 @@ class SimulatedReplica:
         )
 
     def stats(self) -> EngineStats:
-        scheduler, now_s = self.scheduler, self._events.now_s
-        no_token = [s.arrival_s for s in (*scheduler.running, *scheduler.waiting) if s.first_token_s is None]
-        levels = self.brownout.levels if scheduler.has_work else Levels()
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            max_num_seqs=self._config.scheduler.max_num_seqs,
-            queued_prefill_tokens=scheduler.queued_prefill_tokens,
-            oldest_wait_s=now_s - min(no_token) if no_token else 0.0,
-            kv_used_frac=scheduler.blocks.used_frac,
-            num_free_blocks=scheduler.blocks.num_free,
-            levels=levels,
-            predicted_step_s=self.brownout.predicted_step_s(levels.peak),
-            num_preemptions=self._num_preemptions,
-            setting_version=self.brownout.newest.version,
-            lease_expired=self.brownout.lease_expired(now_s),
-        )
+        return load_of(self.scheduler, self.brownout, self._events.now_s, self._num_preemptions)
 
     # The step
 

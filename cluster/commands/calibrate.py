@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from cluster.commands.common import console, one_sentence
+from cluster.commands.common import console, one_sentence, text_option, work_bar
 
 if TYPE_CHECKING:
     from engine.calibrate.calibrate import Calibration, Progress
@@ -21,15 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    multiple=True,
-    required=True,
-    help="Held-out text like what will be served, not the one that united experts were built on: UTF-8, plain, .gz or "
-    ".xz. May be given several times.",
-)
+@text_option("Held-out text like what will be served, not the one that united experts were built on:")
 @click.option(
     "--united", multiple=True,
     help="Directory of united experts, as in brownout.united. May be given several times; default: MODEL/united-*.",
@@ -118,10 +108,7 @@ def _run(calibration: Calibration) -> None:
     from engine.calibrate.plot import plot_fronts
     from engine.calibrate.profile import PROFILE_FILE, read_profile
 
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
-    with ProgressBar(*columns, console=console) as bar:
+    with work_bar() as bar:
         task = bar.add_task("loading the model", total=None)
 
         def on_progress(progress: Progress) -> None:

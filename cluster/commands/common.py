@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from cluster.errors import ClusterError
 from controller.laws.base import LawError
@@ -25,6 +27,19 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     address = click.option("--address", help="Ray address; default: RAY_ADDRESS, else the cluster on this machine.")
     app = click.option("--app", default="brownoutserve", show_default=True, help="Name of the Serve application.")
     return address(app(command))
+
+
+def text_option(said: str) -> Callable[..., Any]:
+    """Option ``texts``: files to calibrate on."""
+    file = click.Path(path_type=Path, exists=True, dir_okay=False)
+    said += " UTF-8, plain, .gz or .xz. May be given several times."
+    return click.option("--text", "texts", type=file, multiple=True, required=True, help=said)
+
+
+def work_bar(*more: ProgressColumn) -> Progress:
+    """A progress bar for long work: what is done, how much of it, for how long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *more, console=console)
 
 
 @contextmanager

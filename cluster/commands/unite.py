@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
+from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
-from cluster.commands.common import console, one_sentence
+from cluster.commands.common import console, one_sentence, text_option, work_bar
 
 if TYPE_CHECKING:
     from engine.unite.build import Job, Progress
@@ -19,14 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    multiple=True,
-    required=True,
-    help="Calibration text like what will be served: UTF-8, plain, .gz or .xz. May be given several times.",
-)
+@text_option("Calibration text like what will be served:")
 @click.option(
     "--way", "ways", type=click.Choice(["2", "4", "8"]), multiple=True, default=["4"], show_default=True,
     help="Members of a united expert. May be given several times: all are built in one pass.",
@@ -106,8 +98,7 @@ def _show(jobs: list[Job], run: Callable[[Callable[[Progress], None]], None]) ->
     errors: dict[Path, list[float]] = {}
     seconds: dict[Path, float] = {}
     refused: dict[Path, int] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ProgressBar(*columns, TimeRemainingColumn(), console=console) as bar:
+    with work_bar(TimeRemainingColumn()) as bar:
         task = bar.add_task("united experts", total=None)
 
         def on_progress(progress: Progress) -> None:

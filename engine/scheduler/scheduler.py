@@ -96,8 +96,12 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     @property
+    def max_num_seqs(self) -> int:
+        return self._config.max_num_seqs
+
+    @property
     def num_free_slots(self) -> int:
-        return self._config.max_num_seqs - len(self.running)
+        return self.max_num_seqs - len(self.running)
 
     @property
     def queued_prefill_tokens(self) -> int:
