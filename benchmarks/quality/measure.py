@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.quality.forced import ForcedModel, ForcedScorer, Reference
@@ -25,22 +26,33 @@ TASKS = ("piqa", "copa", "openbookqa")  # the model's parent knows no Chinese: C
 SIZES: tuple[int | None, ...] = (128, 32, 8, None)  # decode batches; None: prefill steps of 2,048 tokens
 SWEEP_SIZES = (16, 64)  # more batches for the crossover of piggyback and united experts
 NUM_SEQUENCES = {8: 32, 16: 32, 32: 64, 64: 64}  # fewer of them where a step has few; else all
-TASK_LIMITS = {128: 400, 32: 100, 8: 0, None: None}  # questions per task; None: all
+TASK_LIMITS = {128: 400, 32: 120, 8: 60, None: None}  # questions per task; None: all
 MAX_TOKENS = 512  # of a question with its answer
 BASELINE_BUILDS = ("instant", "mixture", "frequency", "average")
+RANDOM_HOT = (0.3, 0.6)  # shares of experts in a random hot set
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One row to measure. ``build``: the method of the united experts, where the setting uses them."""
+    """One row to measure. ``build``: the method of the united experts, where the setting uses them.
+
+    ``random_hot``: share of each layer's experts that stay hot whatever the step routes to, drawn once, as the fused
+    path of the paper's published code does it.
+    """
 
     setting: DimSetting
     size: int | None
     build: str = ""
+    random_hot: float = 0.0
 
     @property
     def key(self) -> str:
-        return f"{self.setting.name} {self.size or 'prefill'} {self.build}"
+        random_hot = f" random hot {self.random_hot}" if self.random_hot else ""
+        return f"{self.setting.name} {self.size or 'prefill'} {self.build}{random_hot}"
+
+    @property
+    def dimmer(self) -> str:
+        return "random mask" if self.random_hot else self.setting.kind.name.lower()
 
 
 def settings() -> list[DimSetting]:
@@ -66,6 +78,7 @@ def plans() -> list[Plan]:
     whole = DimSetting(DimmerKind.UNITED, way=4, share=1.0)
     builds = [Plan(whole, 128, method) for method in BASELINE_BUILDS]
     builds += [Plan(whole, 128, f"routed-4-{grouping}") for grouping in ("consecutive", "apart", "similar")]
+    builds += [Plan(whole, size, "routed", random_hot) for size in (128, 32) for random_hot in RANDOM_HOT]
     sweep = [
         Plan(setting, size, build[setting.kind])
         for size in SWEEP_SIZES
@@ -107,6 +120,7 @@ def measure_rows(
             return
         started_s = time.perf_counter()
         united.use(plan)
+        _draw_hot_set(forced.slot.dimming.dimmer.protected, plan.random_hot)
         if reference is None:
             reference = forced.reference(sequences, min(128, len(sequences)))
         setting = all_settings.index(plan.setting)
@@ -116,7 +130,7 @@ def measure_rows(
         row = {
             "key": plan.key,
             "model": "quality-moe",
-            "dimmer": plan.setting.kind.name.lower(),
+            "dimmer": plan.dimmer,
             "way": plan.setting.way,
             "param": plan.setting.to_json(),
             "build": plan.build,
@@ -182,6 +196,12 @@ class _UnitedBuilds:
             for layer in self._table.layers:
                 self._table.load_layer(source, layer)
             self._loaded[way] = name
+
+
+def _draw_hot_set(protected: Tensor, share: float) -> None:
+    """protected [L, E] bool, written in place; a protected expert keeps its pairs."""
+    scores = torch.rand(protected.shape, generator=torch.Generator().manual_seed(0))
+    protected.copy_(scores.argsort(dim=1).argsort(dim=1) < round(share * protected.shape[1]))
 
 
 def _tasks(

@@ -75,6 +75,13 @@ def test_c6(paper: float, verdict: str) -> None:
     assert judge(rows, [])["C6"]["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("at_random", "verdict"), [(0.08, HOLDS), (0.0505, NOT_RESOLVED), (0.03, FAILS)])
+def test_c6_against_a_random_hot_set(at_random: float, verdict: str) -> None:
+    rows = [row("paper", experts, dnll, way=4, build="routed") for experts, dnll in ((15, 0.1), (45, 0.0))]
+    rows.append(row("random mask", 30, at_random, way=4, build="routed"))
+    assert judge(rows, [])["C6"]["verdict"] == verdict
+
+
 def test_c13_and_missing_rows() -> None:
     assert judge([row("exact", 60, 0.0)], [])["C13"]["verdict"] == HOLDS
     assert judge([row("exact", 60, 0.01)], [])["C13"]["verdict"] == FAILS
