@@ -14,6 +14,7 @@ from cluster.commands.calibrate import calibrate
 from cluster.commands.checkpoint import checkpoint
 from cluster.commands.config import config
 from cluster.commands.explain import explain
+from cluster.commands.keys import keys
 from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.unite import unite
@@ -45,7 +46,7 @@ def main() -> None:
     """
 
 
-for command in (serve, status, brownout, explain, config, unite, calibrate, united, checkpoint):
+for command in (serve, status, brownout, explain, config, keys, unite, calibrate, united, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":

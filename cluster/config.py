@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from cluster.admission.config import AdmissionSection, check_models
+from cluster.section import Section
 from controller.config import ConfigError as ControllerConfigError
 from controller.config import ControllerConfig, StreamSecurity
 from controller.planner import PlannerParams
@@ -34,7 +36,7 @@ from engine.config import (
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 ENGINE_DEPLOYMENT = "EngineReplica"
 # One of each for all models; with autoscaling each of them has its own number of replicas within the same limits.
-SHARED_KEYS = frozenset({"controller", "ingress", "redis_url", "log_format", "autoscaling", "siblings"})
+SHARED_KEYS = frozenset({"controller", "ingress", "admission", "redis_url", "log_format", "autoscaling", "siblings"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -42,11 +44,7 @@ class ClusterConfigError(ConfigError):
     """A mistake in the cluster's configuration, in one sentence: key, value, allowed values."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ControllerSection(_Section):
+class ControllerSection(Section):
     """The slow loop: the policy in force until an operator sets another. ``level`` belongs to the law "static".
 
     ``quality``: service class |-> how much it may lose, e.g. standard: {mean_loss_nats: 0.01, max_loss_nats: 0.1}.
@@ -55,18 +53,18 @@ class ControllerSection(_Section):
 
     law: str = ControllerConfig().law
     level: int = 0
-    law_params: dict[str, float] = {}
+    law_params: dict[str, float] = Field(default_factory=dict)
     tick_s: float = ControllerConfig().tick_s
     lease_s: float = ControllerConfig().lease_s
     window_s: float = ControllerConfig().window_s
     stale_s: float = ControllerConfig().stale_s
     hold_s: float = ControllerConfig().hold_s
     slew_levels: int = ControllerConfig().slew_levels
-    quality: dict[str, QualityBudget] = {}
+    quality: dict[str, QualityBudget] = Field(default_factory=dict)
     security: StreamSecurity = StreamSecurity()
 
 
-class AutoscalingSection(_Section):
+class AutoscalingSection(Section):
     """How many engine replicas there may be; how many there are, the controller plans from their load at level 0.
 
     ``target_frac``: share of a full batch that may be planned. ``down_after_s``: how long fewer must have been enough.
@@ -88,11 +86,12 @@ class AutoscalingSection(_Section):
         )
 
 
-class IngressSection(_Section):
+class IngressSection(Section):
     """The HTTP front. One ingress replica serves ``max_concurrent`` requests; more get 503 with Retry-After.
 
     ``idle_timeout_s`` ends a request that got nothing from its engine for so long; it includes the wait in the queue.
-    ``admin_token`` is what PUT /v1/brownout asks for; empty: brownout is pinned with the CLI only.
+    ``admin_token`` is what PUT /v1/brownout asks for; empty: brownout is pinned with the CLI only. Where API keys are
+    asked for, /metrics and GET /v1/brownout take it too.
     """
 
     num_replicas: int = Field(default=1, ge=1)
@@ -110,7 +109,7 @@ class Siblings:
     allow_unmeasured: bool
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """One model on one set of replicas, behind one ingress, under one controller.
 
     ``gpus_per_replica`` 0 serves on the CPU; ``cpus_per_replica`` only reserves room in Ray's scheduler.
@@ -134,6 +133,7 @@ class ClusterConfig(_Section):
     autoscaling: AutoscalingSection | None = None
     controller: ControllerSection = ControllerSection()
     ingress: IngressSection = IngressSection()
+    admission: AdmissionSection | None = None
     drain_timeout_s: float = Field(default=60.0, ge=0)
     redis_url: str = ""
     siblings: Siblings | None = None  # not to be written: filled in by `parse_models`
@@ -210,7 +210,9 @@ def parse_models(args: Mapping[str, Any]) -> tuple[ClusterConfig, ...]:
     ``models`` is a list of sections, each of which overrides, for its model, what stands beside the list.
     """
     if not isinstance(args, Mapping) or "models" not in args:
-        return (parse_config(args),)
+        config = parse_config(args)
+        check_models(config.admission, [config.model.served_name])
+        return (config,)
     shared = {key: value for key, value in args.items() if key != "models"}
     sections = args["models"]
     if not isinstance(sections, list) or not sections or not all(isinstance(s, Mapping) for s in sections):
@@ -226,6 +228,7 @@ def parse_models(args: Mapping[str, Any]) -> tuple[ClusterConfig, ...]:
     names = [config.model.served_name for config in configs]
     if len(set(names)) < len(names):
         raise ClusterConfigError(f"models have the names {', '.join(names)}; allowed: different ones")
+    check_models(configs[0].admission, names)
     siblings = Siblings(
         slo_by_model={config.model.served_name: config.slo for config in configs},
         allow_unmeasured=any(config.brownout.allow_unmeasured for config in configs),

@@ -9,8 +9,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import ClusterConfig, resolve_path
+from cluster.admission.config import AdmissionSection
+from cluster.admission.key_store import key_stores
+from cluster.admission.key_watch import KeyWatch
+from cluster.config import ClusterConfig, key_prefix, resolve_path
 from cluster.ingress.admin import ControllerAdmin
+from cluster.ingress.auth import Authenticator
 from cluster.ingress.backend import ServeBackend
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
@@ -35,11 +39,18 @@ class Ingress:
             config=config.ingress,
             ingress_id=context.replica_id.unique_id,
             admin=ControllerAdmin(context.app_name),
+            auth=_authenticator(config, context.app_name),
         )
         gc.freeze()  # a collection that walks over all imported code would hold up every stream
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service)
+
+
+def _authenticator(config: ClusterConfig, app_name: str) -> Authenticator:
+    admission = config.admission or AdmissionSection()
+    stores = key_stores(admission, config.resolved_redis_url, key_prefix(app_name))
+    return Authenticator(admission, KeyWatch(stores) if stores else None, config.ingress.admin_token)
 
 
 def _served(config: ClusterConfig, engines: DeploymentHandle, app_name: str) -> ServedModel:

@@ -20,7 +20,9 @@ class Outcome(Enum):
 
     OK = ("ok", 200, "", None)
     INVALID = ("invalid", 400, "invalid_request_error", None)
+    UNAUTHORIZED = ("unauthorized", 401, "invalid_request_error", "invalid_api_key")
     FORBIDDEN = ("forbidden", 403, "permission_error", "forbidden")
+    MODEL_FORBIDDEN = ("model_forbidden", 403, "permission_error", "model_not_allowed")
     NOT_FOUND = ("not_found", 404, "invalid_request_error", "model_not_found")
     TOO_LARGE = ("too_large", 413, "invalid_request_error", "request_too_large")
     BUSY = ("busy", 503, "overloaded_error", "overloaded")
@@ -41,13 +43,19 @@ class ApiError(Exception):
     """A refusal or a failure on its way to the client. ``param`` names the offending field."""
 
     def __init__(
-        self, outcome: Outcome, message: str, param: str | None = None, retry_after_s: float | None = None
+        self,
+        outcome: Outcome,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.outcome = outcome
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.more_headers = more_headers or {}
 
     def body(self) -> dict[str, Any]:
         return {
@@ -61,9 +69,12 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Retry-After in whole seconds, rounded up, on busy answers only."""
-        if self.retry_after_s is None:
-            return {}
-        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+        headers = dict(self.more_headers)
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.outcome is Outcome.UNAUTHORIZED:
+            headers["www-authenticate"] = "Bearer"
+        return headers
 
 
 def to_api_error(error: Exception) -> ApiError:

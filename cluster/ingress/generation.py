@@ -66,10 +66,11 @@ class Generation:
     async def handle(self, request: Request, visit: Visit) -> Response:
         service = self._service
         body = parse_body(self.route.body, await service.read_body(request))
-        model = service.model(body.model)
+        model = service.model(body.model, visit.tenant)
         info = await model.backend.info()
         traceparent = visit.trace.traceparent
-        job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent)
+        limits = visit.tenant.limits
+        job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent, limits)
         visit.begin(job.requests, bool(body.stream))
         headers = self._ignored(body)
         if body.stream:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.admission.tenants import UNLIMITED, TenantLimits
 from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
 from cluster.ingress.grammars import chat_grammar
@@ -36,9 +37,19 @@ class Job:
     parses_tools: bool = False
 
 
-def service_class(body: GenerationBody, headers: Mapping[str, str], info: ModelInfo) -> ServiceClass:
+def service_class(
+    body: GenerationBody, headers: Mapping[str, str], info: ModelInfo, limits: TenantLimits
+) -> ServiceClass:
+    """What the request asks for, else its tenant's. Raises ApiError when the tenant may not ask for FULL."""
+    asked = _asked_class(body, headers, info)
+    if asked is ServiceClass.FULL and not limits.may_ask_full and limits.service_class is not ServiceClass.FULL:
+        raise ApiError(Outcome.FORBIDDEN, "the API key's tenant may not refuse to be dimmed", "brownout")
+    return asked or limits.service_class
+
+
+def _asked_class(body: GenerationBody, headers: Mapping[str, str], info: ModelInfo) -> ServiceClass | None:
     """FULL if header, body or service tier say so, or if some level's quality loss is unknown or more than the
-    request bears.
+    request bears; None if it says nothing.
     """
     header = headers.get(CLASS_HEADER)
     if header is not None and header not in tuple(ServiceClass):
@@ -51,7 +62,8 @@ def service_class(body: GenerationBody, headers: Mapping[str, str], info: ModelI
     if options is not None and options.max_loss is not None:
         may_dim = info.ladder_measured and max(info.level_loss, default=0.0) <= options.max_loss
         return ServiceClass.STANDARD if may_dim else ServiceClass.FULL
-    return ServiceClass.STANDARD
+    said_standard = ServiceClass.STANDARD in (header, options.service_class if options else None)
+    return ServiceClass.STANDARD if said_standard else None
 
 
 async def make_job(
@@ -61,9 +73,10 @@ async def make_job(
     info: ModelInfo,
     tokenizer: Tokenizer,
     traceparent: str = "",
+    limits: TenantLimits = UNLIMITED,
 ) -> Job:
     """Raises ApiError or InvalidRequestError naming the field."""
-    consent = service_class(body, headers, info)
+    consent = service_class(body, headers, info, limits)
     prompts, field = await _prompts(body, tokenizer)
     num_choices = body.num_choices
     if len(prompts) * num_choices > MAX_CHOICES:

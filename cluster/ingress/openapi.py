@@ -32,19 +32,20 @@ class Operation:
     streams: bool = False
 
 
-POSTED = (400, 403, 404, 413, 500, 503)
+POSTED = (400, 401, 403, 404, 413, 500, 503)
+UNKNOWN_KEY = (401, 503)
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Chat", answers.ChatCompletion, ChatBody, POSTED, streams=True),
     Operation("post", "/v1/completions", "Complete text", answers.Completion, CompletionBody, POSTED, streams=True),
     Operation("post", "/tokenize", "Tokens of a prompt or conversation", answers.Tokens, TokenizeBody, POSTED),
     Operation("post", "/detokenize", "Text of tokens", answers.Prompt, DetokenizeBody, POSTED),
-    Operation("get", "/v1/models", "Models", answers.ModelList),
-    Operation("get", "/v1/models/{name}", "One model", answers.Model, refusals=(404,)),
-    Operation("get", "/v1/brownout", "Policy and what it does", answers.BrownoutStatus, refusals=(500, 503)),
+    Operation("get", "/v1/models", "Models", answers.ModelList, refusals=UNKNOWN_KEY),
+    Operation("get", "/v1/models/{name}", "One model", answers.Model, refusals=(403, 404, *UNKNOWN_KEY)),
+    Operation("get", "/v1/brownout", "Policy and what it does", answers.BrownoutStatus, refusals=(403, 500, 503)),
     Operation("put", "/v1/brownout", "Pin brownout", answers.BrownoutStatus, PolicyBody, POSTED),
     Operation("get", "/health", "Liveness", answers.Liveness),
     Operation("get", "/ready", "Readiness", answers.Readiness),
-    Operation("get", "/metrics", "Metrics in Prometheus' text format", None),
+    Operation("get", "/metrics", "Metrics in Prometheus' text format", None, refusals=(403,)),
 )
 
 

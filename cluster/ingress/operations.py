@@ -6,7 +6,8 @@ import asyncio
 
 from fastapi import FastAPI, Request, Response
 
-from cluster.ingress.admin import BrownoutAdmin, PolicyBody, check_token, shown
+from cluster.ingress.admin import BrownoutAdmin, PolicyBody, shown
+from cluster.ingress.auth import Access
 from cluster.ingress.errors import ApiError, Outcome, error_response, json_response
 from cluster.ingress.metrics import render
 from cluster.ingress.schemas import parse_body
@@ -30,20 +31,28 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
         return json_response({"status": status, "replicas": num_replicas}, 200 if num_replicas else 503)
 
     @api.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        try:
+            service.auth.check(Access.OPERATOR, request.headers)
+        except ApiError as error:
+            return error_response(error)
         reports = await service.reports()
         page = render(reports, service.counter, service.concurrency.num_held, service.ingress_id)
         return Response(page, media_type=METRICS_TYPE)
 
     @api.get("/v1/models")
-    async def models() -> Response:
-        described = (_model_object(service, model) for model in service.models.values())
+    async def models(request: Request) -> Response:
+        try:
+            usable = service.models_of(service.auth.tenant(request.headers))
+        except ApiError as error:
+            return error_response(error)
+        described = (_model_object(service, model) for model in usable)
         return json_response({"object": "list", "data": await asyncio.gather(*described)})
 
     @api.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(request: Request, name: str) -> Response:
         try:
-            served = service.model(name)
+            served = service.model(name, service.auth.tenant(request.headers))
         except ApiError as error:
             return error_response(error)
         return json_response(await _model_object(service, served))
@@ -54,18 +63,17 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
         return json_response(shown(status))
 
     async def set_brownout(request: Request, visit: Visit) -> Response:
-        check_token(request.headers.get("authorization"), service.config.admin_token)
         body = parse_body(PolicyBody, await service.read_body(request))
         await _admin(service).set_policy(body.law, body.level)
         return await read_brownout(request, visit)
 
     @api.get("/v1/brownout")
     async def brownout(request: Request) -> Response:
-        return await service.answer(request, "brownout", read_brownout)
+        return await service.answer(request, "brownout", read_brownout, Access.OPERATOR)
 
     @api.put("/v1/brownout")
     async def pin(request: Request) -> Response:
-        return await service.answer(request, "brownout", set_brownout)
+        return await service.answer(request, "brownout", set_brownout, Access.ADMIN)
 
 
 def _admin(service: OpenAIService) -> BrownoutAdmin:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from fastapi import Request, Response
 
+from cluster.admission.config import AdmissionSection
+from cluster.admission.tenants import Tenant
 from cluster.config import IngressSection
 from cluster.ingress.admin import BrownoutAdmin
+from cluster.ingress.auth import Access, Authenticator
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_error
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
@@ -33,7 +36,10 @@ class ServedModel:
 
 
 class OpenAIService:
-    """Serves ``models``. ``admin`` steers brownout; without one, the endpoint for it says that there is none."""
+    """Serves ``models``. ``admin`` steers brownout; without one, the endpoint for it says that there is none.
+
+    ``auth`` names the tenants; without one, everybody is the same.
+    """
 
     def __init__(
         self,
@@ -41,18 +47,24 @@ class OpenAIService:
         config: IngressSection,
         ingress_id: str,
         admin: BrownoutAdmin | None = None,
+        auth: Authenticator | None = None,
     ) -> None:
         self.models = {model.name: model for model in models}
         self.config = config
         self.ingress_id = ingress_id
         self.admin = admin
+        self.auth = auth or Authenticator(AdmissionSection(), None, config.admin_token)
         self.concurrency = ConcurrencyLimit(config.max_concurrent)
         self.counter = RequestCounter()
         self.started_s = int(time.time())
         self._body_limit = BodyLimit(config.max_body_bytes)
 
     async def answer(
-        self, request: Request, endpoint: str, handle: Callable[[Request, Visit], Awaitable[Response]]
+        self,
+        request: Request,
+        endpoint: str,
+        handle: Callable[[Request, Visit], Awaitable[Response]],
+        access: Access = Access.TENANT,
     ) -> Response:
         """Give the request a place and a log line, and its failures their HTTP form.
 
@@ -60,6 +72,10 @@ class OpenAIService:
         """
         visit = Visit(self.concurrency, self.counter, endpoint, request.headers)
         try:
+            if access is Access.TENANT:
+                visit.tenant = self.auth.tenant(request.headers)
+            else:
+                self.auth.check(access, request.headers)
             visit.enter()
             return await handle(request, visit)
         except Exception as error:
@@ -81,13 +97,19 @@ class OpenAIService:
             self._body_limit.check_received(len(body))
         return bytes(body)
 
-    def model(self, name: str | None) -> ServedModel:
-        """The model of that name, the first one if none is given. Raises ApiError (not found)."""
+    def models_of(self, tenant: Tenant) -> list[ServedModel]:
+        """Those that the tenant may use."""
+        return [model for model in self.models.values() if tenant.limits.may_use(model.name)]
+
+    def model(self, name: str | None, tenant: Tenant) -> ServedModel:
+        """The model of that name, the tenant's first one if none is given. Raises ApiError (not found, forbidden)."""
         if name is None:
-            return next(iter(self.models.values()))
+            return self.models_of(tenant)[0]
         if name not in self.models:
-            known = ", ".join(map(repr, self.models))
+            known = ", ".join(repr(model.name) for model in self.models_of(tenant))
             raise ApiError(Outcome.NOT_FOUND, f"the model {name!r} does not exist; this server has {known}", "model")
+        if not tenant.limits.may_use(name):
+            raise ApiError(Outcome.MODEL_FORBIDDEN, f"the API key's tenant may not use the model {name!r}", "model")
         return self.models[name]
 
     async def reports(self) -> list[ReplicaReport]:

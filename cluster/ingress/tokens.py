@@ -51,7 +51,7 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
     async def handle_tokenize(request: Request, visit: Visit) -> Response:
         raw = await service.read_body(request)
         body = parse_body(TokenizeBody, raw)
-        model = service.model(body.model)
+        model = service.model(body.model, visit.tenant)
         info = await model.backend.info()
         tokenizer = model.tokenizer
         if body.prompt is not None:
@@ -66,7 +66,7 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
 
     async def handle_detokenize(request: Request, visit: Visit) -> Response:
         body = parse_body(DetokenizeBody, await service.read_body(request))
-        tokenizer = service.model(body.model).tokenizer
+        tokenizer = service.model(body.model, visit.tenant).tokenizer
         if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
             raise ApiError(
                 Outcome.INVALID,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.admission.tenants import UNLIMITED, Tenant
 from cluster.ingress.errors import Outcome
 from cluster.ingress.limits import ConcurrencyLimit
 from cluster.ingress.metrics import RequestCounter
@@ -14,6 +15,8 @@ from cluster.ingress.responses import Choice
 from cluster.ingress.trace import take_request_id, take_trace
 from cluster.logs import fields
 from engine.types import GenerationRequest
+
+NOBODY = Tenant("", UNLIMITED)  # not known yet, or an operator
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ class Visit:
         self, limit: ConcurrencyLimit, counter: RequestCounter, endpoint: str, headers: Mapping[str, str]
     ) -> None:
         self.endpoint = endpoint
+        self.tenant = NOBODY
         self.request_id = take_request_id(headers)
         self.trace = take_trace(headers)
         self.arrived_s = time.monotonic()
@@ -87,5 +91,6 @@ class Visit:
             "status": outcome.status,
             "ttft_ms": ms_since_arrival(self._first_output_s),
             "duration_ms": ms_since_arrival(time.monotonic()),
+            **({"tenant": self.tenant.name, "key_id": self.tenant.key_id} if self.tenant.key_id else {}),
             **self._details,
         }

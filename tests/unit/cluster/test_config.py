@@ -34,6 +34,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model": MODEL, "controller": {"lease_s": 0.1}}, "controller.lease_s is 0.1; allowed: more than three ticks"),
     ({"model": MODEL, "ingress": {"max_body_bytes": 1}}, "ingress.max_body_bytes is 1; allowed: "),
+    ({"model": MODEL, "admission": {"tenants": {"a b": {}}}}, "tenant is 'a b'; allowed: a letter or digit"),
+    ({"model": MODEL, "admission": {"tenants": {"a": {"weight": 0}}}}, "admission: weight is 0.0; allowed: a positive"),
+    (
+        {"model": MODEL, "admission": {"tenants": {"a": {"rpm": 1}}}},
+        "admission.tenants.a.rpm is 1; allowed: no such key",
+    ),
 ]
 
 
