@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions: messages, tools and the form of the answer."""
+"""The body of POST /v1/chat/completions: messages and tools."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.schemas import Body, GenerationBody
+from cluster.ingress.schemas import GenerationBody
 
 TEXT_PART = {
     "type": "object",
@@ -77,31 +78,6 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class JsonSchema(Body):
-    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True, protected_namespaces=())
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(Body):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
@@ -109,7 +85,6 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.admission.tenants import UNLIMITED, TenantLimits
 from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.grammars import chat_grammar
+from cluster.ingress.grammars import answer_grammar
 from cluster.ingress.schemas import INT64, CompletionBody, GenerationBody
 from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
@@ -122,10 +122,9 @@ def _of_choice(sampling: SamplingParams, number: int) -> SamplingParams:
 
 
 async def _grammar(body: GenerationBody) -> str | None:
-    if not isinstance(body, ChatBody):
-        return None
-    if body.tools or body.response_format:  # a large schema takes long to check
-        return await asyncio.to_thread(chat_grammar, body)
+    tools = body.tools if isinstance(body, ChatBody) else None
+    if tools or body.form is not None:  # a large schema takes long to check
+        return await asyncio.to_thread(answer_grammar, body)
     return None
 
 

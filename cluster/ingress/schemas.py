@@ -11,8 +11,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from cluster.ingress.answer_forms import Choices, Form, ResponseFormat, StructuredOutputs, Text, take_form
+from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
 from engine.types import SamplingParams
 
@@ -66,10 +68,6 @@ Prompts = Annotated[
 ]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: token counts in every event
@@ -112,6 +110,18 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     priority: Annotated[int, Field(ge=-INT32, lt=INT32)] | None = None
     brownout: BrownoutOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+
+    @property
+    def form(self) -> Form | None:
+        """What form the answer must have; None: free text. Raises ApiError."""
+        guided = {field: getattr(self, field) for field in _GUIDED_FIELDS}
+        return take_form(self.response_format, self.structured_outputs, guided)
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
@@ -153,6 +163,7 @@ class GenerationBody(Body):
         )
 
 
+_GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import openai
@@ -122,6 +123,38 @@ def test_a_conversation_with_calls_and_results_goes_on(api: openai.OpenAI) -> No
     with pytest.raises(openai.BadRequestError) as refused:
         api.chat.completions.create(**{**CHAT, "messages": messages, "max_tokens": 4})
     assert refused.value.body["param"] == "messages"
+
+
+CITY = ["Bern", "größe 😀"]
+FORMS: dict[str, tuple[object, str]] = {  # vLLM's name |-> (constraint, regular expression of what it lets through)
+    "json": ({"type": "object", "properties": {"hot": {"type": "boolean"}}}, r'\{\s*("hot"\s*:\s*(true|false)\s*)?\}'),
+    "regex": ("[0-9]{3}-[a-f]{2}", "[0-9]{3}-[a-f]{2}"),
+    "choice": (CITY, "|".join(CITY)),
+    "grammar": ('root ::= "select " [a-z] ("," [a-z])? ";"', "select [a-z](,[a-z])?;"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_vllms_fields(api: openai.OpenAI, kind: str) -> None:
+    """In chats, in completions, streamed, and under the names that older vLLM servers read."""
+    constraint, pattern = FORMS[kind]
+    new, old = {"structured_outputs": {kind: constraint}}, {f"guided_{kind}": constraint}
+    sampling = {"temperature": 1, "seed": 3}
+    chat = api.chat.completions.create(**CHAT, **sampling, extra_body=new).choices[0]
+    stream = api.chat.completions.create(**CHAT, **sampling, extra_body=old, stream=True)
+    prompt = {"model": MODEL, "prompt": "How is the weather?", "max_tokens": 200}
+    text = api.completions.create(**prompt, **sampling, extra_body=new).choices[0]
+    assert (chat.finish_reason, text.finish_reason) == ("stop", "stop")
+    assert re.fullmatch(pattern, chat.message.content) and re.fullmatch(pattern, text.text)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == chat.message.content
+
+
+@pytest.mark.parametrize("form", [{"regex": "(a"}, {"grammar": "start: x"}, {"json": {"type": "x"}}, {}])
+def test_a_form_that_cannot_be_followed(api: openai.OpenAI, form: dict[str, object]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        api.chat.completions.create(**CHAT, extra_body={"structured_outputs": form})
+    assert refused.value.body["param"] == ".".join(("structured_outputs", *form))
+    assert refused.value.body["type"] == "invalid_request_error"
 
 
 def test_the_clients_own_parsing_of_structured_output(api: openai.OpenAI) -> None:

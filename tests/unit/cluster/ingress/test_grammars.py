@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from cluster.ingress.chat_schemas import ChatBody
 from cluster.ingress.errors import ApiError
-from cluster.ingress.grammars import chat_grammar
+from cluster.ingress.grammars import answer_grammar
 from cluster.ingress.schemas import parse_body
 from tests.models import DEMO_MODEL
 
@@ -44,7 +44,7 @@ def tokenizer() -> LLTokenizer:
 
 
 def grammar_of(**fields: Any) -> str | None:
-    return chat_grammar(parse_body(ChatBody, json.dumps({**CHAT, **fields}).encode()))
+    return answer_grammar(parse_body(ChatBody, json.dumps({**CHAT, **fields}).encode()))
 
 
 @pytest.mark.parametrize(
