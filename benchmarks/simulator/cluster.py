@@ -120,7 +120,11 @@ class SimulatedCluster:
         if self._scenario.fleet.routing == "round_robin" or len(ids) == 1:
             order = [ids[self._num_routed % len(ids)]]
         elif self._scenario.fleet.routing == "shortest_queue":
-            order = sorted(ids, key=lambda replica_id: (self._num_held(replica_id), self._draw()))
+            order = self._by_queue(ids)
+        elif self._scenario.fleet.routing == "split":
+            share = self._scenario.fleet.first_share
+            is_first = int((self._num_routed + 1) * share) > int(self._num_routed * share)
+            order = ids[:1] if is_first else self._by_queue(ids[1:])
         else:
             demand = Demand(request.num_prompt, request.full)
             order = rank(ids, self._loads, self._picked, self._draw, demand) or ids
@@ -128,6 +132,9 @@ class SimulatedCluster:
         self._picked[order[0]] += 1
         self._num_received[order[0]] += 1
         self._by_id[order[0]].submit(f"q{self._num_routed}", request)
+
+    def _by_queue(self, replica_ids: list[str]) -> list[str]:
+        return sorted(replica_ids, key=lambda replica_id: (self._num_held(replica_id), self._draw()))
 
     def _num_held(self, replica_id: str) -> int:
         load = self._loads.get(replica_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -59,7 +59,10 @@ class FleetSection(_Section):
     replicas: PositiveInt = 1
     sample: PositiveInt = 64  # at most so many replicas are simulated; the others are taken to behave like them
     speeds: tuple[PositiveFloat, ...] = ()  # of the first replicas; 1: as profiled
-    routing: str = "load"  # load: the live router's policy; shortest_queue; round_robin
+    # load: the live router's policy; split: the first replica gets ``first_share`` of the requests, evenly spread over
+    # time, the others share the rest by their queues.
+    routing: Literal["load", "shortest_queue", "round_robin", "split"] = "load"
+    first_share: float = Field(default=0.0, ge=0, le=1)
 
     @property
     def num_simulated(self) -> int:
