@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.quality.expert_compute import EXPERT_COMPUTE
+from benchmarks.quality.fp8 import QUANTIZATION_CONFIG, is_quantised, quantise_checkpoint, round_to_fp8_
 from engine.layers.rotary import RotaryEmbedding
 
 
@@ -37,10 +38,12 @@ class MoeConfig:
     rms_norm_eps: float = 1e-6
     max_position: int = 2048
     end_token_id: int = 0
+    fp8: bool = False  # how the matrices are stored
 
     def to_hugging_face(self) -> dict[str, Any]:
         """config.json of transformers' Qwen2MoeForCausalLM."""
-        return {
+        stored_as = {"quantization_config": QUANTIZATION_CONFIG} if self.fp8 else {}
+        return stored_as | {
             "architectures": ["Qwen2MoeForCausalLM"],
             "model_type": "qwen2_moe",
             "attention_dropout": 0.0,
@@ -188,8 +191,8 @@ class MoeLm(nn.Module):
             balances.append(balance)
         return self.norm(x), torch.stack(balances).mean()
 
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Weights under Hugging Face's names, bfloat16, on the CPU."""
+    def named_weights(self) -> dict[str, Tensor]:
+        """Views of the parameters under Hugging Face's names."""
         config = self.config
         tensors = {"model.embed_tokens.weight": self.embedding.weight, "model.norm.weight": self.norm.weight}
         for index, layer in enumerate(self.layers):
@@ -206,12 +209,26 @@ class MoeLm(nn.Module):
             tensors |= _mlp(f"{prefix}shared_expert.", moe.shared_gate_up.weight, moe.shared_down.weight)
             for expert in range(config.num_experts):
                 tensors |= _mlp(f"{prefix}experts.{expert}.", moe.gate_up[expert], moe.down[expert])
-        return {name: t.detach().to("cpu", torch.bfloat16, copy=True).contiguous() for name, t in tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Weights under Hugging Face's names, bfloat16, on the CPU."""
+        return {n: t.to("cpu", torch.bfloat16, copy=True).contiguous() for n, t in self.named_weights().items()}
+
+    @torch.no_grad()
+    def round_to_stored_(self) -> None:
+        """Makes the weights what a reader of the stored ones will have."""
+        for name, tensor in self.named_weights().items():
+            if self.config.fp8 and is_quantised(name):
+                round_to_fp8_(tensor)
 
     def save(self, directory: Path) -> None:
         """Writes model.safetensors and config.json."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.checkpoint(), directory / "model.safetensors", metadata={"format": "pt"})
+        tensors = self.checkpoint()
+        if self.config.fp8:
+            tensors = quantise_checkpoint(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps(self.config.to_hugging_face(), indent=2) + "\n")
 
 

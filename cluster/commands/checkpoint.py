@@ -62,7 +62,7 @@ def checkpoint_check(directory: Path) -> None:
 
         spec = load_spec(directory)
         tensors = checkpoint_tensors(spec)
-        SafetensorsCheckpoint(directory).check(tensors, spec.tie_word_embeddings)
+        SafetensorsCheckpoint(directory, spec.fp8_block).check(tensors, spec.tie_word_embeddings)
     num_parameters = sum(tensor.num_elements for tensor in tensors)
     console.print(
         f"{directory}: {spec.architecture}, {num_parameters / 1e9:.3g}B parameters in {len(tensors)} tensors, "

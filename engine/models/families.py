@@ -73,7 +73,6 @@ def mistral(config: Config) -> ModelSpec:
 def _spec(config: Config, default_rope_theta: float = 1e4, **family: Any) -> ModelSpec:
     """The facts that all families spell alike, and ``family``, which says the others."""
     _require(config, "hidden_act", "silu")
-    _require(config, "quantization_config", None)
     if not set(config.get("layer_types") or ()) <= {"full_attention"}:
         raise _refusal("layer_types", sorted(set(config["layer_types"])), "full_attention only")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -100,8 +99,20 @@ def _spec(config: Config, default_rope_theta: float = 1e4, **family: Any) -> Mod
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         max_position=config["max_position_embeddings"],
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+        fp8_block=_fp8_block(config.get("quantization_config")),
         **(facts | family),
     )
+
+
+def _fp8_block(quantization: Config | None) -> tuple[int, int] | None:
+    """Rows and columns of a block of fp8 weights that share a scale; None: the weights are unquantised."""
+    if quantization is None:
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not block:
+        raise _refusal("quantization_config", quantization, "none (unquantised), or fp8 with a weight_block_size")
+    rows, columns = block
+    return int(rows), int(columns)
 
 
 def _dense(config: Config) -> Config:

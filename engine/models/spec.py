@@ -66,6 +66,7 @@ class ModelSpec:
     dense_size: int = 0  # FFN width of dense layers
     dense_layers: tuple[int, ...] = ()  # layers without routed experts
     moe_names: MoeNames = MoeNames()
+    fp8_block: tuple[int, int] | None = None  # rows, columns that share a scale, if matrices are stored as fp8
 
     @property
     def q_size(self) -> int:

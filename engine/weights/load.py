@@ -21,7 +21,7 @@ def open_source(config: ModelConfig, spec: ModelSpec, device: torch.device) -> W
     """The source that the configuration names, checked against the spec. Raises CheckpointError; reads no weights."""
     if config.load_format == "random":
         return RandomWeights(config.seed, device)
-    checkpoint = SafetensorsCheckpoint(Path(config.path))
+    checkpoint = SafetensorsCheckpoint(Path(config.path), spec.fp8_block)
     checkpoint.check(checkpoint_tensors(spec), spec.tie_word_embeddings)
     return checkpoint
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.weights.fp8 import CODE_DTYPE, CODE_NAME, Block, expand_scales, scale_spec
 from engine.weights.manifest import CheckpointError, Target, TensorSpec
 from engine.weights.stream import Piece, read_pieces
 
@@ -35,10 +36,14 @@ class StoredTensor:
 
 
 class SafetensorsCheckpoint:
-    """All tensors of a directory by name. Opening it reads every header: a damaged file is found at once."""
+    """All tensors of a directory by name. Opening it reads every header: a damaged file is found at once.
 
-    def __init__(self, directory: Path) -> None:
+    ``block``: of fp8 matrices, if the config says that the checkpoint has any.
+    """
+
+    def __init__(self, directory: Path, block: Block | None = None) -> None:
         self._directory = directory
+        self._block = block
         self._stored: dict[str, StoredTensor] = {}
         for path in checkpoint_files(directory):
             self._stored |= read_header(path)
@@ -49,6 +54,7 @@ class SafetensorsCheckpoint:
         ``tied``: the output layer is the embedding; a copy of it in the checkpoint is ignored.
         """
         wanted = {spec.name: spec for spec in specs}
+        wanted |= {spec.name: spec for spec in map(self._scales_of, wanted.values()) if spec is not None}
         for name, spec in wanted.items():
             if name in self._stored:
                 self._check_tensor(spec, self._stored[name])
@@ -62,24 +68,38 @@ class SafetensorsCheckpoint:
                 f"checkpoint {self._directory} has {_named(sorted(unexpected))}, which the config does not imply"
             )
 
-    @staticmethod
-    def _check_tensor(spec: TensorSpec, stored: StoredTensor) -> None:
+    def _scales_of(self, spec: TensorSpec) -> TensorSpec | None:
+        """The scales that a tensor needs, if it is stored as fp8."""
+        stored = self._stored.get(spec.name)
+        if self._block is None or stored is None or stored.dtype != CODE_NAME or len(spec.shape) != len(self._block):
+            return None
+        return scale_spec(spec, self._block)
+
+    def _check_tensor(self, spec: TensorSpec, stored: StoredTensor) -> None:
         if stored.shape != spec.shape:
             raise CheckpointError(
                 f"tensor {spec.name} in {stored.path} has shape {stored.shape}, the config implies {spec.shape}"
             )
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in DTYPES and self._scales_of(spec) is None:
             raise CheckpointError(
                 f"tensor {spec.name} in {stored.path} is {stored.dtype}; allowed: {', '.join(DTYPES)}"
             )
 
     def fill(self, targets: Sequence[Target], advance: Callable[[int], None]) -> None:
         """Stream every target's bytes to its place. Call ``check`` first."""
-        pieces: list[Piece] = []
-        for target in targets:
-            stored = self._stored[target.spec.name]
-            pieces += Piece.cut(stored.path, stored.offset, target.tensor.view(-1), DTYPES[stored.dtype])
-        read_pieces(pieces, advance)
+        read_pieces([piece for target in targets for piece in self._pieces(target)], advance)
+        scaled = [(target, spec) for target in targets if (spec := self._scales_of(target.spec)) is not None]
+        scales = [Target(spec, target.tensor.new_empty(spec.shape, dtype=torch.float32)) for target, spec in scaled]
+        read_pieces([piece for target in scales for piece in self._pieces(target)], lambda num_bytes: None)
+        for (target, _), of_blocks in zip(scaled, scales, strict=True):
+            assert self._block is not None
+            rows, columns = target.spec.shape
+            target.tensor.mul_(expand_scales(of_blocks.tensor, self._block, (rows, columns)))
+
+    def _pieces(self, target: Target) -> list[Piece]:
+        stored = self._stored[target.spec.name]
+        dtype = CODE_DTYPE if stored.dtype == CODE_NAME else DTYPES[stored.dtype]
+        return Piece.cut(stored.path, stored.offset, target.tensor.view(-1), dtype)
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
