@@ -8,6 +8,7 @@ off, detokenizing included. The figures go into h100_engine.json, a peer's besid
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import random
@@ -55,12 +56,15 @@ def load(exempt: int, checkpoint: Path | None, directory: Path) -> Engine:
 
 
 def run(engine: Engine, lengths: Lengths, label: str) -> float:
-    """Seconds to serve all requests."""
+    """Seconds to serve all requests; the prompts are drawn before, as the peer's are. The garbage collector ignores
+    what is there already, as in a serving process (engine.async_engine)."""
     rng = random.Random(SEED)
+    prompts = [tuple(rng.randrange(10, engine.info.vocab_size) for _ in range(num)) for num, _ in lengths]
     num_tokens = 0
+    gc.collect()
+    gc.freeze()
     start_s = time.perf_counter()
-    for index, (prompt_tokens, output_tokens) in enumerate(lengths):
-        prompt = tuple(rng.randrange(10, engine.info.vocab_size) for _ in range(prompt_tokens))
+    for index, (prompt, (_, output_tokens)) in enumerate(zip(prompts, lengths, strict=True)):
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
         engine.add(GenerationRequest(f"{label}-{index}", prompt, sampling))
     with Progress(transient=True) as progress:

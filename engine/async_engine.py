@@ -7,6 +7,7 @@ per step. Neither ever waits for the other: the loop never blocks on a step, the
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -198,6 +199,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             self._engine = Engine(self._config)
+            gc.collect()
+            gc.freeze()  # what was loaded stays: a full collection between two steps would walk through all of it
         except BaseException as error:
             self._failure = error
             self._loop.call_soon_threadsafe(self._started.set_exception, error)

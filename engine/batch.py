@@ -72,7 +72,7 @@ class StepRows:
     samples: Array  # [N] bool: the next token is wanted
     num_logits: Array  # [N] last rows of which logits are wanted: 1 to sample, more for a prompt's own
     exact: Array  # [N] bool
-    tables: Array  # [N, max_blocks] int32 block ids; entries beyond a sequence's tokens mean nothing
+    tables: Array  # [N, >= blocks of the longest] int32 block ids; entries beyond a sequence's tokens mean nothing
     token_ids: Array  # [T]; -1 - place stands for that place's newest token, which only the device knows yet
 
     @property

@@ -34,14 +34,15 @@ class IncrementalDetokenizer:
 
         Nothing after a stop string is ever shown.
         """
-        shown = []
+        shown = ""
         for token_id in token_ids:
             if self._matched is not None:
                 break
             self._num_tokens += 1
             if not self._tokenizer.is_special(token_id):
-                shown.append(self._add(self._utf8.decode(self._tokenizer.token_bytes(token_id))))
-        return "".join(shown), self._matched
+                text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+                shown += self._add(text) if self._stop else text
+        return shown, self._matched
 
     def flush(self) -> str:
         """The rest of the text, when no token will follow; a dangling incomplete character becomes U+FFFD."""
@@ -53,11 +54,9 @@ class IncrementalDetokenizer:
 
     def _add(self, text: str) -> str:
         """Take in ``text`` and return what can be shown."""
-        if not self._stop:
-            return text
         num_old = len(self._held)
         self._held += text
-        if self._stop and self._num_tokens >= self._min_tokens and (match := self._first_match(num_old)):
+        if self._num_tokens >= self._min_tokens and (match := self._first_match(num_old)):
             start, self._matched = match
             shown = self._held[: start + len(self._matched) if self._include_stop else start]
             self._held = ""

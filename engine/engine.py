@@ -30,7 +30,7 @@ from engine.profile import profile_steps
 from engine.request_log import RequestLog
 from engine.request_state import RequestState
 from engine.runner import LaunchedStep, Runner, StepResult
-from engine.scheduler.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.telemetry import StepRecord, TelemetryRecorder
 from engine.tokenizer import load_tokenizer
 from engine.types import (
@@ -262,37 +262,27 @@ class Engine:
         self, batch: ScheduledBatch, levels: Levels, result: StepResult, setting_version: int
     ) -> list[RequestOutput]:
         now_s = self._clock()
-        requests, max_model_len = self._requests, self.info.max_model_len
+        requests, max_model_len, is_dimmed = self._requests, self.info.max_model_len, levels.peak > 0
         outputs = []
         for item, token_id, logprob, dimmed_pairs in zip(
             batch, result.token_ids, result.logprobs, result.dimmed_pairs, strict=True
         ):
-            state = requests.get(item.sequence.request_id)
-            if state is None or state.sequence is not item.sequence:
+            sequence = item.sequence
+            state = requests.get(sequence.request_id)
+            if state is None or state.sequence is not sequence:
                 continue  # it ended while this step was under way
-            self._charge(item, levels, dimmed_pairs, setting_version)
+            sequence.charge(item.num_tokens, item.num_tokens * self._pairs_per_token, setting_version)
+            if is_dimmed and not sequence.exact:
+                sequence.charge_dimmed(item.num_tokens, dimmed_pairs, levels.of(item.phase))
             if token_id is None:
                 continue
-            if item.sequence.first_token_s is None:
+            if sequence.first_token_s is None:
                 self._record_first_token(state, now_s)
             output = state.append(token_id, logprob, now_s, max_model_len)
             if output.finish_reason is not None:
                 output = self._finish(state, output.finish_reason, output)
             outputs.append(output)
         return outputs
-
-    def _charge(self, item: ScheduledSequence, levels: Levels, dimmed_pairs: int, setting_version: int) -> None:
-        sequence, num_tokens = item.sequence, item.num_tokens
-        sequence.computed_tokens += num_tokens
-        sequence.routed_pairs += num_tokens * self._pairs_per_token
-        sequence.setting_version = setting_version
-        if sequence.first_setting_version is None:
-            sequence.first_setting_version = setting_version
-        if levels.peak and not sequence.exact:
-            level = levels.of(item.phase)
-            sequence.dimmed_pairs += dimmed_pairs
-            sequence.level_peak = max(sequence.level_peak, level)
-            sequence.level_tokens += num_tokens * level
 
     def _record_first_token(self, state: RequestState, now_s: float) -> None:
         sequence = state.sequence

@@ -2,8 +2,8 @@
 
 A step is padded to the next of a few sizes. Everything that changes between steps, the brownout levels included, is
 read from fixed addresses, so a graph is captured once. Attention over prompts depends on lengths that the host knows
-and runs between the parts; steps beyond the largest size run their parts without graphs, bound by the card anyway.
-Those are padded too, so that no new size meets a kernel that is not compiled yet.
+and runs between the parts; steps beyond the largest size run without graphs, bound by the card anyway. Those are padded
+too, so that no new size meets a kernel that is not compiled yet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 from engine.batch import ForwardBatch, StepRows
 from engine.kv_cache.storage import KvStorage
 from engine.layers.fused import argmax
-from engine.models.decoder import Decoder
-from engine.static_inputs import StaticInputs
+from engine.models.decoder import Decoder, Hidden
+from engine.static_inputs import Layout, StaticInputs
 from engine.types import Levels
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class StepGraphs:
         row_sizes = [size for size in _sizes_up_to(max_rows, ROW_SIZES) if size <= ROW_SIZES[-1]]
         self._parts = {size: self._capture(self._parts_of(size), size, max_num_seqs) for size in reversed(row_sizes)}
         for size in range(ROW_SIZES[-1] + LARGE_SIZE_MULTIPLE, max_rows + 1, WARM_UP_ROWS):
-            self._run_once(self._parts_of(size), size)
+            self._run_once(size)
         self._heads = {
             size: self._capture([self._head_of(size)], ROW_SIZES[0], max_num_seqs)[0]
             for size in reversed(sequence_sizes)
@@ -107,7 +108,8 @@ class StepGraphs:
             self._decodes[size].replay()
             logits = self._logits[:num_sequences]
         else:
-            self._run_parts(rows, levels)
+            run = self._run_parts if rows.num_rows <= max(self._parts) else self._run_whole
+            run(rows, levels)
             logits = self._run_head(rows)
         self._turn = (self._turn + 1) % NUM_RESULT_BUFFERS
         host_results, done = self._host_results[self._turn], torch.cuda.Event()
@@ -146,13 +148,11 @@ class StepGraphs:
 
     def _run_parts(self, rows: StepRows, levels: Levels) -> None:
         model, kv, num_rows = self._model, self._kv, rows.num_rows
-        size = _padded(num_rows, self._parts) if num_rows <= max(self._parts) else _rounded(num_rows)
+        size = _padded(num_rows, self._parts)
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
-        layout = self._inputs.device_layout(size, self.max_num_seqs)
-        batch = self._inputs.batch(layout, rows)
-        parts = [graph.replay for graph in self._parts[size]] if size in self._parts else self._parts_of(size)
-        for index, run_part in enumerate(parts):
-            run_part()
+        batch = self._inputs.batch(self._inputs.device_layout(size, self.max_num_seqs), rows, levels)
+        for index, graph in enumerate(self._parts[size]):
+            graph.replay()
             if index < self._num_layers:
                 self._attended[:num_rows] = model.attend(index, self._queries[:num_rows], batch, kv)
 
@@ -181,11 +181,46 @@ class StepGraphs:
             if index + 1 < self._num_layers:
                 self._queries[:size] = queries
                 return
-            hidden = state.pop("hidden")
-            self._normed[:size] = hidden.normed
-            self._results[1].zero_().index_add_(0, layout.sequences, hidden.dimmed_pairs.long())
+            self._keep(state.pop("hidden"), layout)
 
         return [begin, *(lambda index=index: advance(index) for index in range(self._num_layers))]
+
+    def _keep(self, hidden: Hidden, layout: Layout[Tensor]) -> None:
+        """Put down a step's last hidden states and its dimmed pairs."""
+        self._normed[: len(hidden.normed)] = hidden.normed
+        self._results[1].zero_().index_add_(0, layout.sequences, hidden.dimmed_pairs.long())
+
+    # Steps without graphs
+
+    def _run_whole(self, rows: StepRows, levels: Levels) -> None:
+        """Beyond the largest captured size. Queries stay where they are, and at level 0 no dimmer runs."""
+        model, kv, num_rows, size = self._model, self._kv, rows.num_rows, _rounded(rows.num_rows)
+        self._inputs.fill(rows, levels, size, self.max_num_seqs)
+        layout = self._inputs.device_layout(size, self.max_num_seqs)
+        batch = self._inputs.batch(layout, rows, levels)
+        hidden, queries = model.begin(batch, kv)
+        for index in range(self._num_layers):
+            attended = model.attend(index, queries[:num_rows], batch, kv)
+            if num_rows < size:
+                self._attended[:num_rows] = attended
+                attended = self._attended[:size]
+            hidden, queries = model.advance(index, hidden, attended, batch, kv)
+        self._keep(hidden, layout)
+
+    @torch.inference_mode()
+    def _run_once(self, num_rows: int) -> None:
+        """Compiles the kernels of such a step, exact and dimmed."""
+        layout = self._inputs.device_layout(num_rows, self.max_num_seqs)
+        self._inputs.blank(layout)
+        batch = self._inputs.batch(layout)
+        for rows in (batch.rows, replace(batch.rows, host_levels=(0, 0))):
+            batch = replace(batch, rows=rows)
+            hidden, _ = self._model.begin(batch, self._kv)
+            for index in range(self._num_layers):
+                hidden, _ = self._model.advance(index, hidden, self._attended[:num_rows], batch, self._kv)
+        torch.cuda.synchronize()
+
+    # The choice of tokens
 
     def _head_of(self, size: int) -> Callable[[], None]:
         """The choice of tokens after a step in parts. The arrays of sequences stand at the same address in each."""
@@ -198,23 +233,16 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _buffers(self, max_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, attention's results and last hidden states of a step in parts, [max_rows, ...]; logits."""
+        """Queries of a step in parts; attention's results and last hidden states of any step; logits."""
         layout = self._inputs.device_layout(1, self.max_num_seqs)
         self._inputs.blank(layout)
         hidden, queries = self._model.begin(self._inputs.batch(layout), self._kv)
         logits = self._model.logits(hidden.normed)
-        queries, normed = (like.new_zeros(max_rows, *like.shape[1:]) for like in (queries, hidden.normed))
-        return queries, torch.zeros_like(queries), normed, logits.new_zeros(self.max_num_seqs, logits.shape[1])
+        attended, normed = (like.new_zeros(max_rows, *like.shape[1:]) for like in (queries, hidden.normed))
+        queries = torch.zeros_like(attended[: ROW_SIZES[-1]])
+        return queries, attended, normed, logits.new_zeros(self.max_num_seqs, logits.shape[1])
 
     # Capture
-
-    @torch.inference_mode()
-    def _run_once(self, parts: list[Callable[[], None]], num_rows: int) -> None:
-        """Compiles the kernels."""
-        self._inputs.blank(self._inputs.device_layout(num_rows, self.max_num_seqs))
-        for part in parts:
-            part()
-        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def _capture(

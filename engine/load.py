@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from engine.brownout import Brownout
 from engine.scheduler.scheduler import Scheduler
 from engine.types import EngineStats, Levels
@@ -17,7 +19,8 @@ def load_of(
 ) -> EngineStats:
     """``num_...``: counted since the start by whoever runs the steps."""
     levels = brownout.levels if scheduler.has_work else Levels()
-    no_token = [s.arrival_s for s in (*scheduler.running, *scheduler.waiting) if s.first_token_s is None]
+    held = chain(scheduler.running, scheduler.waiting.heads())
+    no_token = [sequence.arrival_s for sequence in held if sequence.first_token_s is None]
     return EngineStats(
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),

@@ -7,7 +7,6 @@ that what leaves together can travel and be handled together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 
 from engine.types import RequestOutput
@@ -45,8 +44,7 @@ def merge(outputs: Sequence[RequestOutput]) -> RequestOutput:
     last = outputs[-1]
     if len(outputs) == 1:
         return last
-    return replace(
-        last,
+    return last._replace(
         token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
         text="".join([output.text for output in outputs]),
         logprobs=tuple(chain.from_iterable(output.logprobs or () for output in outputs)) or None,

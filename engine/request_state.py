@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import zlib
-from dataclasses import replace
 
 from engine.detokenize import IncrementalDetokenizer
 from engine.grammar import GrammarState
@@ -28,7 +27,7 @@ class RequestState:
         vocab_size: int,
         grammar: GrammarState | None = None,
     ) -> None:
-        params = request.sampling
+        params = self._params = request.sampling
         self.sequence = Sequence(request, arrival_s)
         self._stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else tokenizer.eos_token_ids
@@ -42,39 +41,38 @@ class RequestState:
 
     def append(self, token_id: int, logprob: TokenLogprob | None, now_s: float, max_model_len: int) -> RequestOutput:
         """Take in a sampled token; the output's finish_reason says whether it was the last."""
-        sequence, params = self.sequence, self.sequence.request.sampling
+        sequence, sampling, params = self.sequence, self.sampling, self._params
         sequence.append(token_id)
-        self.sampling.append(token_id)
-        prompt_logprobs = self.sampling.take_prompt_logprobs()
+        sampling.append(token_id)
+        prompt_logprobs = sampling.take_prompt_logprobs() if sampling.prompt_logprobs is not None else None
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         sequence.last_token_s = now_s
-        may_stop = sequence.num_generated >= params.min_tokens
-        grammar = self.sampling.grammar
+        num_generated, grammar = sequence.num_generated, sampling.grammar
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         text = ""
         error = grammar.error if grammar is not None else None
         if error is not None:
             reason = FinishReason.ERROR
-        elif may_stop and token_id in self._stop_ids:
+        elif token_id in self._stop_ids and num_generated >= params.min_tokens:
             reason = FinishReason.STOP
             stop_reason = token_id if token_id in params.stop_token_ids else None
         else:
-            text, stop_reason = self._detokenizer.append([token_id])
+            text, stop_reason = self._detokenizer.append((token_id,))
             if stop_reason is not None or (grammar is not None and grammar.finished):
                 reason = FinishReason.STOP
-            elif sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
+            elif num_generated >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
                 reason = FinishReason.LENGTH
         return RequestOutput(
-            request_id=sequence.request_id,
-            token_ids=(token_id,),
-            text=text,
-            logprobs=(logprob,) if logprob is not None else None,
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=stop_reason,
+            sequence.request_id,
+            (token_id,),
+            text,
+            (logprob,) if logprob is not None else None,
+            reason,
+            stop_reason,
             error=error,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def final_output(self, reason: FinishReason, output: RequestOutput | None) -> RequestOutput:
@@ -83,7 +81,7 @@ class RequestState:
         usage = self.sequence.usage()
         if logger.isEnabledFor(logging.INFO):
             logger.info("finished", extra={"fields": self._log_fields(reason, usage)})
-        return replace(output, text=output.text + self._detokenizer.flush(), finish_reason=reason, usage=usage)
+        return output._replace(text=output.text + self._detokenizer.flush(), finish_reason=reason, usage=usage)
 
     def _log_fields(self, reason: FinishReason, usage: Usage) -> dict[str, object]:
         """For one line with the ingress' ids, never with text."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class InvalidRequestError(ValueError):
@@ -199,9 +200,11 @@ class Usage:
     brownout: BrownoutUsage
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What a request gained since its last output. The last one has a ``finish_reason``."""
+class RequestOutput(NamedTuple):
+    """What a request gained since its last output. The last one has a ``finish_reason``.
+
+    A named tuple, because each step makes one per running sequence.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()

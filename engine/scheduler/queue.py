@@ -32,6 +32,11 @@ class WaitingQueue:
         for rank in sorted(self._fifos):
             yield from self._fifos[rank].values()
 
+    def heads(self) -> Iterator[Sequence]:
+        """The next few of every rank, among them its oldest."""
+        for fifo in self._fifos.values():
+            yield from islice(fifo.values(), MAX_LOOKED_AT)
+
     def push(self, sequence: Sequence) -> None:
         self._put(sequence, late=False)
 

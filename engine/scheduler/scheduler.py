@@ -48,6 +48,9 @@ class ScheduledSequence(NamedTuple):
         return self.start + self.num_tokens
 
 
+Chosen = dict[Sequence, ScheduledSequence]
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     """Decoding sequences first, then prefill chunks."""
@@ -128,40 +131,49 @@ class Scheduler:
         budget = self.token_budget
         num_running = len(self.running)
         self._order_queue(now_s)
-        chosen: dict[str, ScheduledSequence] = {}
+        decodes: Chosen = {}
+        prefills: Chosen = {}
         preempted: set[Sequence] = set()
-        decoding = sorted((s for s in self.running if s.decoding), key=_arrival)
-        prefilling = sorted((s for s in self.running if s.num_uncomputed and not s.decoding), key=_arrival)
-        for sequence in (*decoding, *prefilling):
-            num_tokens = min(sequence.num_uncomputed, budget)
+        for sequence, decoding in self._unfinished():
+            num_tokens = 1 if decoding else sequence.num_uncomputed
+            num_tokens = num_tokens if num_tokens < budget else budget
             if num_tokens == 0 or sequence.place < 0:  # preempted by an older one
                 continue
-            if sequence.num_computed + num_tokens > sequence.num_reserved:
-                victims = self._make_room(sequence, sequence.num_computed + num_tokens)
-                for victim in victims:
+            end = sequence.num_computed + num_tokens
+            if end > sequence.num_reserved:
+                for victim in self._make_room(sequence, end):
                     preempted.add(victim)
-                    taken_back = chosen.pop(victim.request_id, None)
+                    taken_back = decodes.pop(victim, None) or prefills.pop(victim, None)
                     budget += taken_back.num_tokens if taken_back else 0
                 if sequence in preempted:
                     continue
             budget -= num_tokens
-            phase = Phase.DECODE if sequence.decoding else Phase.PREFILL
-            chosen[sequence.request_id] = _scheduled(sequence, num_tokens, phase)
+            if decoding:
+                decodes[sequence] = ScheduledSequence(
+                    sequence, sequence.num_computed, 1, Phase.DECODE, True, sequence.admission
+                )
+            else:
+                prefills[sequence] = _prefill(sequence, num_tokens)
         num_preempted = len(preempted)
         num_tokens_waiting = self.waiting.num_tokens
         if not num_preempted:
-            self._admit(chosen, budget, now_s)
-        items = chosen.values()
-        batch = ScheduledBatch(
-            decodes=tuple(item for item in items if item.phase is Phase.DECODE),
-            prefills=tuple(item for item in items if item.phase is Phase.PREFILL),
-            num_preempted=num_preempted,
-        )
+            self._admit(prefills, budget, now_s)
+        batch = ScheduledBatch(tuple(decodes.values()), tuple(prefills.values()), num_preempted)
         num_admitted_tokens = num_tokens_waiting - self.waiting.num_tokens
         self.pace.note_step(
             now_s, num_running, batch.num_tokens, self.token_budget, num_admitted_tokens, bool(self.waiting)
         )
         return batch
+
+    def _unfinished(self) -> list[tuple[Sequence, bool]]:
+        """The running sequences that have something to compute, and whether they decode: those first, each by age."""
+        decoding, prefilling = [], []
+        for sequence in sorted(self.running, key=_arrival):
+            if sequence.decoding:
+                decoding.append((sequence, True))
+            elif sequence.num_uncomputed:
+                prefilling.append((sequence, False))
+        return decoding + prefilling
 
     def launch(self, batch: ScheduledBatch) -> None:
         """The step has begun: the next one may be scheduled behind it, before its tokens are known."""
@@ -217,7 +229,7 @@ class Scheduler:
         self._free_places.append(sequence.place)
         sequence.place, sequence.admission, sequence.num_reserved = -1, 0, 0
 
-    def _admit(self, chosen: dict[str, ScheduledSequence], budget: int, now_s: float) -> None:
+    def _admit(self, chosen: Chosen, budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
             sequence = self.waiting.peek()
             num_cached = self.blocks.start(sequence.request_id, sequence.reusable_ids, sequence.exact)
@@ -237,12 +249,12 @@ class Scheduler:
             self._num_admissions += 1
             sequence.place, sequence.admission = self._free_places.pop(), self._num_admissions
             budget -= num_tokens
-            chosen[sequence.request_id] = _scheduled(sequence, num_tokens, Phase.PREFILL)
+            chosen[sequence] = _prefill(sequence, num_tokens)
 
 
 _arrival = attrgetter("arrival_s")
 
 
-def _scheduled(sequence: Sequence, num_tokens: int, phase: Phase) -> ScheduledSequence:
+def _prefill(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     samples = num_tokens == sequence.num_uncomputed
-    return ScheduledSequence(sequence, sequence.num_computed, num_tokens, phase, samples, sequence.admission)
+    return ScheduledSequence(sequence, sequence.num_computed, num_tokens, Phase.PREFILL, samples, sequence.admission)

@@ -51,6 +51,21 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_pending -= 1
 
+    def charge(self, num_tokens: int, routed_pairs: int, setting_version: int) -> None:
+        """A step computed tokens of it, under the setting in force."""
+        self.computed_tokens += num_tokens
+        self.routed_pairs += routed_pairs
+        self.setting_version = setting_version
+        if self.first_setting_version is None:
+            self.first_setting_version = setting_version
+
+    def charge_dimmed(self, num_tokens: int, dimmed_pairs: int, level: int) -> None:
+        """... and so much of it was dimmed."""
+        self.dimmed_pairs += dimmed_pairs
+        self.level_tokens += num_tokens * level
+        if level > self.level_peak:
+            self.level_peak = level
+
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
