@@ -24,8 +24,14 @@ SHUTDOWN_GRACE_S = 10.0  # to end in good order once the requests are done
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application for ``args`` of a Serve YAML file. Raises ClusterConfigError with one sentence."""
+    return application(args, EngineReplica)
+
+
+def application(args: dict[str, Any], replica: type[EngineReplica]) -> serve.Application:
+    """The same with replicas of a class of your own."""
     configs = parse_models(args)
-    engines = [_engines(config, name) for config, name in zip(configs, engine_deployments(configs), strict=True)]
+    names = engine_deployments(configs)
+    engines = [_engines(config, name, replica) for config, name in zip(configs, names, strict=True)]
     config = configs[0]
     return serve.deployment(
         name="Ingress",
@@ -38,7 +44,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     )(Ingress).bind(configs, *engines)
 
 
-def _engines(config: ClusterConfig, name: str) -> serve.Application:
+def _engines(config: ClusterConfig, name: str, replica: type[EngineReplica]) -> serve.Application:
     """One model's replicas."""
     return serve.deployment(
         name=name,
@@ -49,7 +55,7 @@ def _engines(config: ClusterConfig, name: str) -> serve.Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s + SHUTDOWN_GRACE_S,
         max_constructor_retry_count=NUM_START_ATTEMPTS,
-    )(EngineReplica).bind(config)
+    )(replica).bind(config)
 
 
 def _autoscaling(config: ClusterConfig) -> AutoscalingConfig:

@@ -35,9 +35,10 @@ from engine.types import (
 
 logger = logging.getLogger(__name__)
 
-STALLED_S = 4.0  # an engine that has work and made no step for so long counts as wedged ...
+STALLED_S = 4.0  # an engine whose thread has come round neither to a step nor to idling for so long is wedged ...
 STALLED_STEPS = 20  # ... unless its steps take long: then so many times the predicted step
 IDLE_POLL_S = 0.5  # how often an idle engine thread refreshes its stats
+STOP_TIMEOUT_S = 5.0  # for the step under way; a wedged thread is left behind, it ends with the process
 
 Deliver = Callable[[RequestOutput | Exception], None]
 
@@ -71,7 +72,8 @@ class AsyncEngine:
         """End the engine thread; requests still in it end with EngineDeadError."""
         self._stopping = True
         self._commands.put(lambda: None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+        self._end_all()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request until its finish_reason. Closing the iterator early aborts the request.
@@ -177,13 +179,15 @@ class AsyncEngine:
         return self._engine.request_log
 
     def check_health(self) -> None:
-        """Raises EngineDeadError if the engine thread has died or makes no progress."""
+        """Raises EngineDeadError if the engine thread has died or makes no progress, whether or not it has requests:
+        those of a wedged engine are taken from it, and it must not look well again because of that.
+        """
         if self._failure is not None:
             raise EngineDeadError(f"the engine has stopped: {self._failure}") from self._failure
         if self._stopping:
             raise EngineDeadError("the engine is stopping")
         stalled_s = time.monotonic() - self._last_step_s
-        if self._streams and stalled_s > max(STALLED_S, STALLED_STEPS * self._stats.predicted_step_s):
+        if stalled_s > max(STALLED_S, STALLED_STEPS * self._stats.predicted_step_s):
             raise EngineDeadError(f"the engine has made no progress for {stalled_s:.0f} s")
 
     @property
@@ -205,7 +209,7 @@ class AsyncEngine:
             self._failure = error
             self._loop.call_soon_threadsafe(self._started.set_exception, error)
             return
-        self._stats = self._engine.stats()
+        self._stats, self._last_step_s = self._engine.stats(), time.monotonic()
         self._loop.call_soon_threadsafe(self._started.set_result, None)
         try:
             while not self._stopping:

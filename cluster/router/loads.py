@@ -68,8 +68,8 @@ async def end(task: asyncio.Task[None]) -> None:
 class LoadPublisher:
     """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
 
-    ``take_load`` is given the publication's sequence number. It raises EngineDeadError when there is nothing left to
-    route to; the load is then withdrawn for good.
+    ``take_load`` is given the publication's sequence number. It raises EngineDeadError while there is nothing to route
+    to; the load is withdrawn at once, and published again should the engine go on.
     """
 
     def __init__(self, redis_url: str, group: str, replica_id: str, take_load: Callable[[int], ReplicaLoad]) -> None:
@@ -95,19 +95,26 @@ class LoadPublisher:
             await self._client.delete(self._key)
 
     async def _run(self) -> None:
+        is_published = False
         while True:
             self._sequence += 1
             try:
                 load = self._take_load(self._sequence)
             except EngineDeadError:
-                await self._withdraw()
-                return
-            try:
-                await self._client.set(self._key, encode(load), px=int(LEASE_S * 1000))
-                self._note(reachable=True)
-            except (RedisError, OSError) as error:
-                self._note(reachable=False, error=error)
+                if is_published:
+                    await self._withdraw()
+                is_published = False
+            else:
+                is_published = True
+                await self._publish(load)
             await asyncio.sleep(PUBLISH_PERIOD_S)
+
+    async def _publish(self, load: ReplicaLoad) -> None:
+        try:
+            await self._client.set(self._key, encode(load), px=int(LEASE_S * 1000))
+            self._note(reachable=True)
+        except (RedisError, OSError) as error:
+            self._note(reachable=False, error=error)
 
     def _note(self, *, reachable: bool, error: Exception | None = None) -> None:
         """Log changes only."""

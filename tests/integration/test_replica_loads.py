@@ -132,6 +132,8 @@ async def test_a_stopped_or_dead_replica_is_unknown_at_once(
     await replicas["b"].publisher.stop()
     await until(lambda: not registry.loads())
     assert time.monotonic() - started_s < LEASE_S  # withdrawn, not expired
+    replicas["a"].dead = False  # it had only stalled
+    await until(lambda: set(registry.loads()) == {"a"})
 
 
 async def test_redis_dies_and_comes_back(

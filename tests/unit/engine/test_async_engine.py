@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import async_engine
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.types import EngineDeadError, FinishReason, GenerationRequest, InvalidRequestError, SamplingParams
@@ -122,6 +125,69 @@ async def test_a_failing_step_ends_every_stream_and_shows_in_health(config: Engi
     with pytest.raises(EngineDeadError):
         await collect(engine, request("b"))
     await engine.stop()
+
+
+async def test_a_wedged_engine_is_unhealthy_until_it_goes_on(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests are dropped, as the replica does; it stays unhealthy without them."""
+    monkeypatch.setattr(async_engine, "STALLED_S", 1.0)
+    monkeypatch.setattr(async_engine, "STALLED_STEPS", 0)
+    engine = await AsyncEngine.start(config)
+    task = asyncio.create_task(collect(engine, request("a", LONG)))
+    while engine.stats().num_running == 0:
+        await asyncio.sleep(0.01)
+    hanging = threading.Event()
+    engine._commands.put(hanging.wait)
+    await until_unhealthy(engine)
+    engine.drop("a")
+    task.cancel()
+    with pytest.raises(EngineDeadError, match="no progress"):
+        engine.check_health()
+    with pytest.raises(EngineDeadError, match="no progress"):
+        await collect(engine, request("b"))
+    hanging.set()
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(EngineDeadError):
+                assert len(await collect(engine, request("c"))) == 8
+                break
+            await asyncio.sleep(0.01)
+    await engine.stop()
+
+
+async def test_an_idle_engine_is_healthy(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "STALLED_S", 1.0)
+    engine = await AsyncEngine.start(config)
+    for _ in range(15):
+        await asyncio.sleep(0.1)
+        engine.check_health()
+    await engine.stop()
+
+
+async def test_stopping_a_wedged_engine_leaves_its_thread_and_ends_its_streams(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "STOP_TIMEOUT_S", 0.1)
+    engine, hanging = await AsyncEngine.start(config), threading.Event()
+    task = asyncio.create_task(collect(engine, request("a", LONG)))
+    while engine.stats().num_running == 0:
+        await asyncio.sleep(0.01)
+    engine._commands.put(hanging.wait)
+    await engine.stop()
+    with pytest.raises(EngineDeadError, match="stopping"):
+        await task
+    hanging.set()
+
+
+async def until_unhealthy(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                engine.check_health()
+            except EngineDeadError:
+                return
+            await asyncio.sleep(0.01)
 
 
 async def test_start_reports_what_is_wrong(tmp_path: Path) -> None:
