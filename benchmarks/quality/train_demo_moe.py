@@ -41,7 +41,7 @@ CARD = Path(__file__).resolve().parent / "demo_moe_card.md"
 
 
 def demo_config(vocab_size: int, end_token_id: int) -> MoeConfig:
-    """8.8 million parameters, as many of them as possible in experts: on a CPU only their work is worth dimming.
+    """9 million parameters, as many of them as possible in experts: on a CPU only their work is worth dimming.
 
     Few wide layers, because a layer's fixed work is not dimmed; fp8, so that they and the 8-way united experts (as
     bfloat16) take less than 12 MB.
@@ -49,11 +49,11 @@ def demo_config(vocab_size: int, end_token_id: int) -> MoeConfig:
     return MoeConfig(
         vocab_size=vocab_size,
         hidden_size=192,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        expert_size=72,
+        expert_size=112,
         shared_size=128,
         norm_topk_prob=False,
         max_position=2048,
