@@ -46,8 +46,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(log_format: str, level: int = logging.INFO) -> None:
-    """Send this process' lines of our packages to stderr, where Serve keeps them with the replica's own."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Send this process' lines of our packages to its stderr, which Ray keeps as logs/worker-*.err, one line each.
+
+    That is the file, not ``sys.stderr``: Serve's own goes through its logger, which drops lines below the
+    ``log_level`` of the Serve file and puts its own text before the others.
+    """
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for package in PACKAGES:
         logger = logging.getLogger(package)

@@ -24,6 +24,7 @@ START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 3.0
 NUM_INGRESS_PORTS = 100  # one per ingress replica, old ones kept free for a while
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # tokens do not pass through it; Ray's least is 75 MiB
+LOG_FILE_BYTES = 128 * 1024 * 1024  # then Ray begins another one
 
 
 class RayHead:
@@ -98,6 +99,8 @@ class RayHead:
             "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_LOG_TO_STDERR": "0",
+            "RAY_ROTATION_MAX_BYTES": str(LOG_FILE_BYTES),  # a worker's lines, ours for each request among them
+            "RAY_ROTATION_BACKUP_COUNT": "2",
             **inherited,
             # Of this cluster alone: with Serve's fixed defaults one cluster would answer another one's requests.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),

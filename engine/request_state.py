@@ -85,10 +85,8 @@ class RequestState:
 
     def _log_fields(self, reason: FinishReason, usage: Usage) -> dict[str, object]:
         """For one line with the ingress' ids, never with text."""
-        request = self.sequence.request
         return {
-            "request_id": request.request_id,
-            "trace_id": request.traceparent.split("-")[1] if request.traceparent else None,
+            **self.sequence.request.log_fields,
             "finish_reason": reason.value,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,

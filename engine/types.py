@@ -162,6 +162,13 @@ class GenerationRequest:
     traceparent: str = ""
     session_id: str = ""
 
+    @property
+    def log_fields(self) -> dict[str, str | None]:
+        """Who it is, the same in the log lines of all parts that it passes; never what it says."""
+        parts = self.traceparent.split("-")
+        trace_id, span_id = parts[1:3] if len(parts) == 4 else (None, None)
+        return {"request_id": self.request_id, "trace_id": trace_id, "parent_span_id": span_id}
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

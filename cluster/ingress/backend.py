@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.ingress.errors import DEFAULT_RETRY_AFTER_S, ApiError, Outcome
 from cluster.ingress.fleet import Fleet
 from cluster.ingress.retry_budget import RetryBudget
+from cluster.logs import fields
 from cluster.reports import ReplicaReport
 from cluster.router.router import Router
 from cluster.transport.channel import ReplicaLostError
@@ -72,7 +73,8 @@ class ServeBackend:
             except DrainingError:  # it has not begun there, so this is no retry
                 self._fleet.retire(channel)
             except ReplicaLostError as error:
-                logger.warning("request %s lost its replica: %s", request.request_id, error)
+                lost = {**request.log_fields, "replica_id": channel.replica_id, "reason": str(error)}
+                logger.warning("replica lost", extra=fields(lost))
                 self._fleet.retire(channel)
                 raise ReplicaLostError(str(error), may_retry=self._retries.spend(time.monotonic())) from error
 

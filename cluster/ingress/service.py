@@ -20,6 +20,7 @@ from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_err
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
 from cluster.ingress.metrics import RequestCounter
 from cluster.ingress.visit import Visit
+from cluster.logs import fields
 from cluster.reports import ReplicaReport
 from engine.tokenizer import Tokenizer
 
@@ -81,7 +82,8 @@ class OpenAIService:
         except Exception as error:
             failure = to_api_error(error)
             if failure.outcome is Outcome.BROKEN:
-                logger.exception("request %s failed", visit.request_id)
+                whose = {"request_id": visit.request_id, "trace_id": visit.trace.trace_id}
+                logger.exception("request failed", extra=fields(whose))
             visit.leave(failure.outcome)
             return error_response(failure)
         except BaseException:  # cancelled, because the client is gone

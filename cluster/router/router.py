@@ -5,14 +5,18 @@ Nothing here waits: the loads are a cache of Redis, and without Redis the reques
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
+from cluster.logs import fields
 from cluster.router.policy import Demand, rank
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.registry import LoadRegistry
 from engine.types import GenerationRequest, ServiceClass
+
+logger = logging.getLogger(__name__)
 
 
 class Router:
@@ -38,6 +42,9 @@ class Router:
             picked = order[0]
             self._registry.count_pick(picked)
         self._prefixes.insert(request.prompt_ids, picked)
+        if logger.isEnabledFor(logging.INFO):
+            choice = {"replica_id": picked, "by": "own count" if order is None else "load", "of": len(num_held)}
+            logger.info("routed", extra=fields({**request.log_fields, **choice}))
         return picked
 
     def forget(self, replica_id: str) -> None:

@@ -13,4 +13,8 @@ export RAY_SERVE_USE_GRPC_BY_DEFAULT=1
 export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0
 export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
 export RAY_SERVE_LOG_TO_STDERR=0
+
+# Log lines of ingress, router and engines are in /tmp/ray/session_latest/logs/worker-*.err of their node.
+export RAY_ROTATION_MAX_BYTES=134217728
+export RAY_ROTATION_BACKUP_COUNT=2
 export RAY_SERVE_HAPROXY_BINARY_PATH="$PWD/deploy/ray/haproxy.sh"

@@ -40,6 +40,7 @@ def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., di
             },
             "controller": {"law": "static", "level": 0},
             "ingress": {"idle_timeout_s": 60, "admin_token": ADMIN_TOKEN},
+            "log_format": "json",
         }
         return {
             "http_options": {"host": "127.0.0.1", "port": free_ports(1)[0]},
