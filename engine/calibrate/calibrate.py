@@ -29,11 +29,11 @@ from engine.config import (
     SchedulerConfig,
     require,
 )
+from engine.moe.dimming import dimming_digest
 from engine.moe.ladder import LADDER_FILE, Bucket, Ladder, Provenance
 from engine.moe.settings import DimmerKind, DimSetting
 from engine.pool.slots import ModelSlot, load_slot
 from engine.unite.calibration import sequences_digest
-from engine.weights.digest import model_digest
 
 KINDS = (DimmerKind.UNITED, DimmerKind.PIGGYBACK, DimmerKind.TOPK)
 
@@ -93,7 +93,7 @@ class Calibration:
         """Writes ladder.json and quality_profile.json. Raises ConfigError or CheckpointError."""
         sizes = step_sizes(self.options.decode_sizes, self.options.prefill_sizes)
         slot = self._load("torch")
-        digest = model_digest(Path(self.model.path))
+        digest = dimming_digest(self.model)
         united = {way: source.digest for way, source in slot.dimming.united.items()}
         profile = QualityProfile.open(self.directory / PROFILE_FILE, self._key(slot, digest, united))
         self._measure_losses(slot, sizes, profile)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import DEFAULT_LADDER, BrownoutConfig, ConfigError, EngineConfig
+from engine.config import DEFAULT_LADDER, BrownoutConfig, ConfigError, EngineConfig, ModelConfig
 from engine.models.spec import ModelSpec
 from engine.moe.dimmer import Dimmer
 from engine.moe.experts import PackedExperts
@@ -62,10 +62,9 @@ class Dimming:
         self.ladder = ladder
 
 
-def dimming_digest(config: EngineConfig) -> str:
+def dimming_digest(model: ModelConfig) -> str:
     """Of the model that artefacts must belong to."""
-    seed = config.model.seed if config.model.load_format == "random" else None
-    return model_digest(Path(config.model.path), seed)
+    return model_digest(Path(model.path), model.seed if model.load_format == "random" else None)
 
 
 def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Dimming:
@@ -80,7 +79,7 @@ def create_dimming(config: EngineConfig, spec: ModelSpec, device: torch.device) 
                 "dim; allowed: none"
             )
         return Dimming(Ladder.exact(), [None] * spec.num_layers, 0, {})
-    digest = dimming_digest(config)
+    digest = dimming_digest(config.model)
     united = _united_sources(brownout, spec, directory, digest)
     ladder = _choose_ladder(brownout, spec, directory, united, digest)
     if len(ladder) == 1:

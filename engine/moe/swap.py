@@ -52,7 +52,7 @@ def plan_swap(
     if table is None:
         raise ConfigError("this engine cannot dim, so it has no room for united experts; set brownout.united at start")
     model = Path(config.model.path)
-    digest = dimming_digest(config)
+    digest = dimming_digest(config.model)
     artefact = UnitedArtefact(path_beside(path, model))
     artefact.check_fits(spec, digest, WAYS)
     if replaces is not None and replaces not in dimming.united:
