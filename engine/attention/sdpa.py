@@ -27,8 +27,7 @@ class SdpaAttention:
         n, block_size = metadata.num_decodes, keys.shape[1]
         num_blocks = -(-max(metadata.context_lens[:n]) // block_size)
         table = metadata.block_table[:n, :num_blocks]
-        k = keys[table].flatten(1, 2).transpose(1, 2)  # [n, num_kv_heads, S, head_dim]
-        v = values[table].flatten(1, 2).transpose(1, 2)
+        k, v = _gather(keys, table), _gather(values, table)  # [n, num_kv_heads, S, head_dim]
         positions = torch.arange(k.shape[2], device=k.device)
         mask = positions < metadata.context_lens_dev[:n, None]  # [n, S]
         out = F.scaled_dot_product_attention(
@@ -41,13 +40,19 @@ class SdpaAttention:
         """One chunk, which may follow cached or earlier computed tokens of its sequence."""
         context_len = metadata.context_lens[sequence]
         num_rows, block_size = queries.shape[0], keys.shape[1]
-        table = metadata.block_table[sequence, : -(-context_len // block_size)]
-        k = keys[table].flatten(0, 1)[:context_len].transpose(0, 1)  # [num_kv_heads, S, head_dim]
-        v = values[table].flatten(0, 1)[:context_len].transpose(0, 1)
+        table = metadata.block_table[sequence : sequence + 1, : -(-context_len // block_size)]
+        k, v = (_gather(cache, table)[:, :, :context_len] for cache in (keys, values))  # [1, num_kv_heads, S, head_dim]
         key_positions = torch.arange(context_len, device=k.device)
         query_positions = key_positions[context_len - num_rows :]
         mask = key_positions <= query_positions[:, None]  # [rows, S]
-        out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(queries.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, table: Tensor) -> Tensor:
+    """[num_blocks, block_size, num_kv_heads, head_dim] by [n, m] -> [n, num_kv_heads, m block_size, head_dim]
+
+    index_select copies whole blocks; cache[table] would go number by number on the CPU.
+    """
+    pages = cache.index_select(0, table.flatten())
+    return pages.view(len(table), -1, *cache.shape[2:]).transpose(1, 2)

@@ -60,6 +60,7 @@ def rotate_and_store(
     ``qkv`` [T, (num_heads + 2 num_kv_heads) head_dim] may be overwritten.
     """
     num_kv_heads, head_dim = kv.keys.shape[-2:]
-    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    kv.write(layer, slots, rotate(k, cos, sin), v)
-    return rotate(q, cos, sin)
+    turned, v = qkv.unflatten(-1, (-1, head_dim)).split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    turned = rotate(turned, cos, sin)
+    kv.write(layer, slots, turned[:, num_heads:], v)
+    return turned[:, :num_heads]

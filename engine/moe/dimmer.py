@@ -33,7 +33,7 @@ from torch import Tensor
 from engine.batch import RowInfo
 from engine.config import ConfigError
 from engine.moe.gate import Routing
-from engine.moe.settings import USES_UNITED, DimmerKind, DimSetting
+from engine.moe.settings import USES_KEEP, USES_UNITED, DimmerKind, DimSetting
 from engine.moe.table import WAY_ROW
 
 MAX_SETTINGS = 256  # room in the tables, so that another ladder can be put in place of one in use
@@ -54,8 +54,9 @@ class _Use:
 
     mass: Tensor  # routed weight
     count: Tensor  # pairs
+    used: Tensor  # bool
     staying: Tensor  # bool: a row that is not dimmed uses it, or it is used and protected
-    kept: Tensor  # bool: among the best ``keep`` of some row
+    kept: Tensor | None  # bool: among the best ``keep`` of some row; None if no setting asks
 
 
 class Dimmer:
@@ -77,8 +78,10 @@ class Dimmer:
         self.num_experts_per_token = num_experts_per_token
         self.protected = protected.to(device)
         self.identity = torch.arange(num_experts, device=device)
+        self._columns = torch.arange(num_experts_per_token, device=device)
         self.united_of = self.identity.repeat(num_layers, len(WAY_ROW), 1)  # [L, ways, E], filled by a UnitedTable
         self.num_packed = num_experts + num_united
+        self._beyond = torch.arange(num_experts, self.num_packed + 1, device=device).expand(2, -1)
         self.similarity = None if similarity is None else similarity.to(device, torch.float32)
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -132,17 +135,17 @@ class Dimmer:
         weights = torch.where(rows.valid[:, None], routing.weights, 0)
         if cuts:
             ids, weights = self._cut(layer, ids, weights, setting_of_row, may_dim)
-        use = self._use(layer, ids, weights, setting_of_row, may_dim)
-        kind = self.kind[setting_of_row]  # [T]
         new_ids, new_weights = ids, weights
-        if kinds.intersection((*USES_UNITED, DimmerKind.SIMILAR)):
-            remap = self._remap(layer, use, rows.levels, kinds)  # [2, N + 1]
-            new_ids = torch.where(may_dim[:, None], remap[rows.phase[:, None], ids], ids)
-        if DimmerKind.PIGGYBACK in kinds:
-            repicks = may_dim & (kind == PIGGYBACK)
-            allowed = self._allowed(use, rows.levels)[rows.phase]  # [T, E]
-            assert routing.probs is not None
-            new_ids, new_weights = self._repick(new_ids, weights, routing.probs, allowed, repicks)
+        if kinds.intersection((*USES_UNITED, *USES_KEEP)):
+            use = self._use(layer, ids, weights, setting_of_row, may_dim, kinds)
+            if kinds.intersection((*USES_UNITED, DimmerKind.SIMILAR)):
+                remap = self._remap(layer, use, rows.levels, kinds)  # [2, N + 1]
+                new_ids = torch.where(may_dim[:, None], remap[rows.phase[:, None], ids], ids)
+            if DimmerKind.PIGGYBACK in kinds:
+                repicks = may_dim & (self.kind[setting_of_row] == PIGGYBACK)
+                allowed = self._allowed(use, rows.levels)[rows.phase]  # [T, E]
+                assert routing.probs is not None
+                new_ids, new_weights = self._repick(new_ids, weights, routing.probs, allowed, repicks)
         merged = self._merge_duplicates(new_ids, new_weights)
         is_own = (routing.ids[:, :, None] == merged.ids[:, None, :]).any(dim=2) | ~may_dim[:, None]
         return Dimmed(merged, (~is_own).sum(dim=1))
@@ -157,59 +160,77 @@ class Dimmer:
         self, layer: int, ids: Tensor, weights: Tensor, setting_of_row: Tensor, may_dim: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Leave each row its best top_k pairs, and protected ones; these take over the others' weight."""
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        beyond = columns >= self.top_k[setting_of_row, layer][:, None]
+        beyond = self._columns[: ids.shape[1]] >= self.top_k[setting_of_row, layer][:, None]
         dropped = beyond & may_dim[:, None] & ~self._of_experts(self.protected[layer], ids) & (ids < self.num_packed)
         left = torch.where(dropped, 0.0, weights.float())
         scale = weights.float().sum(1, keepdim=True) / left.sum(1, keepdim=True)
         left = (left * scale).to(weights.dtype)
         return torch.where(dropped, self.num_packed, ids), torch.where(dropped.any(1, keepdim=True), left, weights)
 
-    def _use(self, layer: int, ids: Tensor, weights: Tensor, setting_of_row: Tensor, may_dim: Tensor) -> _Use:
-        num_experts, flat_ids = len(self.identity), ids.flatten()
-        columns = torch.arange(ids.shape[1], device=ids.device)
-
-        def sum_by_expert(values: Tensor) -> Tensor:
-            totals = torch.zeros(self.num_packed + 1, device=ids.device)
-            return totals.scatter_add(0, flat_ids, values.flatten().float())[:num_experts]
-
-        count = sum_by_expert(torch.ones_like(ids))
-        staying = sum_by_expert((~may_dim)[:, None].expand_as(ids)) > 0
-        is_kept = may_dim[:, None] & (columns < self.keep[setting_of_row][:, None])
+    def _use(
+        self,
+        layer: int,
+        ids: Tensor,
+        weights: Tensor,
+        setting_of_row: Tensor,
+        may_dim: Tensor,
+        kinds: set[DimmerKind],
+    ) -> _Use:
+        of_pairs = [weights.float(), torch.ones_like(weights, dtype=torch.float32)]
+        of_pairs.append((~may_dim)[:, None].expand_as(ids).float())
+        if kinds.intersection(USES_KEEP):
+            of_pairs.append(
+                (may_dim[:, None] & (self._columns[: ids.shape[1]] < self.keep[setting_of_row][:, None])).float()
+            )
+        values = torch.stack(of_pairs).flatten(1)  # [3 or 4, T A]
+        totals = torch.zeros(len(of_pairs), self.num_packed + 1, device=ids.device)
+        totals = totals.scatter_add(1, ids.flatten().expand_as(values), values)[:, : len(self.identity)]
+        used = totals[1] > 0
         return _Use(
-            mass=sum_by_expert(weights),
-            count=count,
-            staying=staying | (self.protected[layer] & (count > 0)),
-            kept=sum_by_expert(is_kept) > 0,
+            mass=totals[0],
+            count=totals[1],
+            used=used,
+            staying=(totals[2] > 0) | (self.protected[layer] & used),
+            kept=totals[3] > 0 if len(of_pairs) > 3 else None,
         )
 
     def _remap(self, layer: int, use: _Use, levels: Tensor, kinds: set[DimmerKind]) -> Tensor:
-        """expert |-> packed id of what replaces it, for each phase: [2, N + 1]; "no expert" stays that."""
+        """expert |-> packed id of what replaces it, for each phase: [2, N + 1]; "no expert" stays that.
+
+        A phase at level 0 has no rows that may be dimmed, so what it would become does not matter.
+        """
+        dims = kinds - {DimmerKind.EXACT}
         kind = self.kind[levels][:, None]  # [2, 1]
         remap = self.identity.expand(2, -1)
-        if kinds.intersection(USES_UNITED):
-            is_united = (kind == UNITED) | (kind == PAPER)
-            remap = torch.where(is_united, self._to_united(layer, use, levels, kind == PAPER), remap)
-        if DimmerKind.SIMILAR in kinds:
+        if dims.intersection(USES_UNITED):
+            united = self._to_united(layer, use, levels, self._rank(use, kind, dims))
+            alone = dims.issubset(USES_UNITED)
+            remap = united if alone else torch.where((kind == UNITED) | (kind == PAPER), united, remap)
+        if DimmerKind.SIMILAR in dims:
             remap = torch.where(kind == SIMILAR, self._to_similar(layer, use, levels), remap)
-        beyond = torch.arange(len(self.identity), self.num_packed + 1, device=remap.device).expand(2, -1)
-        return torch.cat([remap, beyond], dim=1)
+        return torch.cat([remap, self._beyond], dim=1)
 
-    def _to_united(self, layer: int, use: _Use, levels: Tensor, by_count: Tensor) -> Tensor:
+    @staticmethod
+    def _rank(use: _Use, kind: Tensor, dims: set[DimmerKind]) -> Tensor:
+        """What an expert is hot by in each phase: [2, E]"""
+        if DimmerKind.PAPER not in dims:
+            return use.mass.expand(2, -1)
+        return torch.where(kind == PAPER, use.count, use.mass)
+
+    def _to_united(self, layer: int, use: _Use, levels: Tensor, rank: Tensor) -> Tensor:
         """[2, E]"""
-        rank = torch.where(by_count, use.count, use.mass)  # [2, E]
         ranked, order = rank.sort(dim=1, descending=True, stable=True)
-        above = torch.zeros_like(rank).scatter(1, order, ranked.cumsum(1) - ranked)  # of the experts ranked higher
-        hot = above < (1 - self.share[levels])[:, None] * rank.sum(1, keepdim=True)
-        cold = (use.count > 0) & ~hot & ~use.staying
+        above = torch.zeros_like(ranked).scatter(1, order, ranked.cumsum(1) - ranked)  # of the experts ranked higher
+        is_cold = above >= (1 - self.share[levels])[:, None] * rank.sum(1, keepdim=True)
+        cold = is_cold & (use.used & ~use.staying)
         united = self.united_of[layer, self.way_row[levels]]  # [2, E]
-        num_cold = torch.zeros(2, self.num_packed, dtype=torch.int64, device=rank.device)
-        num_cold = num_cold.scatter_add(1, united, cold.long())
+        num_cold = torch.zeros(2, self.num_packed, device=rank.device).scatter_add(1, united, cold.float())
         return torch.where(cold & (num_cold.gather(1, united) >= 2), united, self.identity)
 
     def _to_similar(self, layer: int, use: _Use, levels: Tensor) -> Tensor:
         """[2, E]"""
         assert self.similarity is not None
+        assert use.kept is not None
         primary = use.kept | use.staying  # [E]
         similarity, nearest = self.similarity[layer].masked_fill(~primary, float("-inf")).max(dim=1)  # [E]
         moves = ~primary & (similarity >= self.min_similarity[levels][:, None])  # [2, E]
@@ -217,10 +238,11 @@ class Dimmer:
 
     def _allowed(self, use: _Use, levels: Tensor) -> Tensor:
         """The experts that piggybacking rows of each phase may use: [2, E] bool."""
+        assert use.kept is not None
         needed = use.kept | use.staying
         order = torch.where(needed, float("inf"), use.mass).argsort(descending=True, stable=True)
         rank = torch.zeros_like(order).scatter(0, order, self.identity)
-        return (needed | (rank < self.budget[levels][:, None])) & (use.count > 0)
+        return (needed | (rank < self.budget[levels][:, None])) & use.used
 
     def _repick(
         self, ids: Tensor, weights: Tensor, probs: Tensor, allowed: Tensor, repicks: Tensor
@@ -230,9 +252,8 @@ class Dimmer:
         is_own = own.scatter_add(1, ids, torch.ones_like(weights, dtype=torch.float32))[:, : probs.shape[1]] > 0
         score = torch.where(allowed, probs + is_own.float(), -1.0)  # a probability is at most 1
         best, picked = score.topk(ids.shape[1], dim=1)
-        columns = torch.arange(ids.shape[1], device=ids.device)
         num_pairs = (ids < self.num_packed).sum(1, keepdim=True)
-        chosen = (best >= 0) & (columns < num_pairs)
+        chosen = (best >= 0) & (self._columns[: ids.shape[1]] < num_pairs)
         shares = torch.where(chosen, probs.gather(1, picked), 0.0)
         mass = weights.float().sum(1, keepdim=True)
         rescaled = (shares * (mass / shares.sum(1, keepdim=True))).to(weights.dtype)
@@ -251,6 +272,6 @@ class Dimmer:
     def _merge_duplicates(self, ids: Tensor, weights: Tensor) -> Routing:
         """Pairs of a row with one id become its first pair with the summed weight; the others get no expert."""
         first = (ids[:, :, None] == ids[:, None, :]).to(torch.int8).argmax(dim=2)  # [T, A] column of the first equal id
-        is_first = first == torch.arange(ids.shape[1], device=ids.device)
+        is_first = first == self._columns[: ids.shape[1]]
         summed = torch.zeros_like(weights).scatter_add(1, first, weights)
         return Routing(torch.where(is_first, ids, self.num_packed), summed)

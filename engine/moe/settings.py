@@ -34,6 +34,7 @@ class DimmerKind(IntEnum):
 
 
 USES_UNITED = (DimmerKind.UNITED, DimmerKind.PAPER)
+USES_KEEP = (DimmerKind.PIGGYBACK, DimmerKind.SIMILAR)
 
 
 @dataclass(frozen=True, slots=True)
