@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ HOST = "127.0.0.1"
 DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look
 START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 3.0
+CLIENT_TIMEOUT_S = 30  # a client that neither sends what is due nor takes what is sent for so long is cut off
 NUM_INGRESS_PORTS = 100  # one per ingress replica, old ones kept free for a while
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # tokens do not pass through it; Ray's least is 75 MiB
 LOG_FILE_BYTES = 128 * 1024 * 1024  # then Ray begins another one
@@ -101,6 +101,7 @@ class RayHead:
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ROTATION_MAX_BYTES": str(LOG_FILE_BYTES),  # a worker's lines, ours for each request among them
             "RAY_ROTATION_BACKUP_COUNT": "2",
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
             **inherited,
             # Of this cluster alone: with Serve's fixed defaults one cluster would answer another one's requests.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
@@ -108,7 +109,8 @@ class RayHead:
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_ingress_port + NUM_INGRESS_PORTS - 1),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self._haproxy_without_splice()),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(PROJECT_ROOT / "deploy/ray/haproxy.sh"),
+            "HAPROXY_BINARY": get_haproxy_binary(),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
@@ -117,17 +119,6 @@ class RayHead:
             "PYTHONPATH": search_path,
             MARK: self._mark,
         }
-
-    def _haproxy_without_splice(self) -> Path:
-        """A script that starts HAProxy with ``-dS``.
-
-        Serve's configuration says ``option splice-request``; with it HAProxy 2.8 does not notice that a client left
-        while it waits for the answer to a POST, and the engine would go on for nobody.
-        """
-        script = self._directory / "haproxy.sh"
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
-        script.chmod(0o700)
-        return script
 
     def _wait_for_dashboard(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -24,12 +24,15 @@ class Outcome(Enum):
     FORBIDDEN = ("forbidden", 403, "permission_error", "forbidden")
     MODEL_FORBIDDEN = ("model_forbidden", 403, "permission_error", "model_not_allowed")
     NOT_FOUND = ("not_found", 404, "invalid_request_error", "model_not_found")
+    SLOW_BODY = ("slow_body", 408, "invalid_request_error", "request_timeout")
     TOO_LARGE = ("too_large", 413, "invalid_request_error", "request_too_large")
+    HEADERS_TOO_LARGE = ("headers_too_large", 431, "invalid_request_error", "headers_too_large")
     BUSY = ("busy", 503, "overloaded_error", "overloaded")
     UNAVAILABLE = ("unavailable", 503, "overloaded_error", "no_replica")
     REPLICA_LOST = ("replica_lost", 500, "server_error", "replica_lost")
     TIMEOUT = ("timeout", 500, "server_error", "timeout")
     BROKEN = ("broken", 500, "server_error", "internal_error")
+    STALLED = ("stalled", 499, "", None)  # the client took nothing of its stream
     DISCONNECTED = ("disconnected", 499, "", None)  # the client went away; nobody reads the status
 
     def __init__(self, label: str, status: int, error_type: str, code: str | None) -> None:
@@ -74,6 +77,8 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.outcome is Outcome.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
+        if self.outcome in (Outcome.SLOW_BODY, Outcome.TOO_LARGE):
+            headers["connection"] = "close"  # nobody will read the rest of the body
         return headers
 
 

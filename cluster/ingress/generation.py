@@ -111,10 +111,10 @@ class Generation:
             async for item in outputs:
                 yield item
 
-        async def end() -> None:
+        async def end(outcome: Outcome) -> None:
             await outputs.aclose()
             visit.note_answer(choices)
-            visit.leave(Outcome.DISCONNECTED)  # unless the stream has said how it ended
+            visit.leave(outcome)  # unless the stream has said how it ended
 
         def on_outcome(outcome: Outcome) -> None:
             visit.note_answer(choices)
@@ -129,7 +129,7 @@ class Generation:
             _usage_events(body.stream_options),
             on_outcome,
         )
-        return EventStreamResponse(events, headers, end)
+        return EventStreamResponse(events, headers, end, self._service.stalls)
 
     async def _outputs(
         self, visit: Visit, job: Job, model: ServedModel
@@ -140,6 +140,7 @@ class Generation:
             visit.arrived_s,
             self._service.config.idle_timeout_s,
             job.num_choices_per_prompt,
+            visit.arrived_s + self._service.config.max_stream_s,
         )
         async with aclosing(without_answer(outputs) if job.echo_only else outputs) as items:
             async for item in items:

@@ -1,6 +1,8 @@
-"""What the ingress refuses before looking at it: bodies that are too large, requests beyond what it can hold. Pure."""
+"""What the ingress refuses before looking at it: too many bytes, too many requests. Pure."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from cluster.ingress.errors import DEFAULT_RETRY_AFTER_S, ApiError, Outcome
 
@@ -23,6 +25,12 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(Outcome.TOO_LARGE, f"the request body is larger than {self._max_bytes} bytes")
+
+
+def check_headers(headers: Sequence[tuple[bytes, bytes]], max_bytes: int) -> None:
+    """Raises ApiError; a proxy in front usually allows less anyway."""
+    if sum(len(name) + len(value) for name, value in headers) > max_bytes:
+        raise ApiError(Outcome.HEADERS_TOO_LARGE, f"the request's headers are larger than {max_bytes} bytes")
 
 
 class ConcurrencyLimit:

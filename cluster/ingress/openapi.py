@@ -32,7 +32,7 @@ class Operation:
     streams: bool = False
 
 
-POSTED = (400, 401, 403, 404, 413, 500, 503)
+POSTED = (400, 401, 403, 404, 408, 413, 431, 500, 503)
 UNKNOWN_KEY = (401, 503)
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Chat", answers.ChatCompletion, ChatBody, POSTED, streams=True),
@@ -41,7 +41,7 @@ OPERATIONS = (
     Operation("post", "/detokenize", "Text of tokens", answers.Prompt, DetokenizeBody, POSTED),
     Operation("get", "/v1/models", "Models", answers.ModelList, refusals=UNKNOWN_KEY),
     Operation("get", "/v1/models/{name}", "One model", answers.Model, refusals=(403, 404, *UNKNOWN_KEY)),
-    Operation("get", "/v1/brownout", "Policy and what it does", answers.BrownoutStatus, refusals=(403, 500, 503)),
+    Operation("get", "/v1/brownout", "Policy and what it does", answers.BrownoutStatus, refusals=(403, 431, 500, 503)),
     Operation("put", "/v1/brownout", "Pin brownout", answers.BrownoutStatus, PolicyBody, POSTED),
     Operation("get", "/health", "Liveness", answers.Liveness),
     Operation("get", "/ready", "Readiness", answers.Readiness),

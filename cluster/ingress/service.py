@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from cluster.admission.config import AdmissionSection
 from cluster.admission.tenants import Tenant
@@ -17,8 +18,9 @@ from cluster.ingress.admin import BrownoutAdmin
 from cluster.ingress.auth import Access, Authenticator
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_error
-from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
+from cluster.ingress.limits import BodyLimit, ConcurrencyLimit, check_headers
 from cluster.ingress.metrics import RequestCounter
+from cluster.ingress.stalls import StallWatch
 from cluster.ingress.visit import Visit
 from cluster.logs import fields
 from cluster.reports import ReplicaReport
@@ -57,6 +59,7 @@ class OpenAIService:
         self.auth = auth or Authenticator(AdmissionSection(), None, config.admin_token)
         self.concurrency = ConcurrencyLimit(config.max_concurrent)
         self.counter = RequestCounter()
+        self.stalls = StallWatch(config.send_timeout_s)
         self.started_s = int(time.time())
         self._body_limit = BodyLimit(config.max_body_bytes)
 
@@ -73,6 +76,7 @@ class OpenAIService:
         """
         visit = Visit(self.concurrency, self.counter, endpoint, request.headers)
         try:
+            check_headers(request.headers.raw, self.config.max_header_bytes)
             if access is Access.TENANT:
                 visit.tenant = self.auth.tenant(request.headers)
             else:
@@ -91,12 +95,19 @@ class OpenAIService:
             raise
 
     async def read_body(self, request: Request) -> bytes:
-        """Raises ApiError when it is larger than allowed."""
+        """Raises ApiError when it is larger, or takes longer to come, than allowed."""
         self._body_limit.check_declared(request.headers.get("content-length"))
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            self._body_limit.check_received(len(body))
+        try:
+            async with asyncio.timeout(self.config.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._body_limit.check_received(len(body))
+        except TimeoutError as error:
+            message = f"the request body has not come within {self.config.body_timeout_s:g} s"
+            raise ApiError(Outcome.SLOW_BODY, message) from error
+        except ClientDisconnect as error:
+            raise ApiError(Outcome.DISCONNECTED, "the client went away") from error
         return bytes(body)
 
     def models_of(self, tenant: Tenant) -> list[ServedModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, to_api_error
 from cluster.ingress.responses import Choice, Endpoint, running_usage, usage_object
+from cluster.ingress.stalls import StallWatch
 from cluster.transport.channel import ReplicaLostError
 from engine.types import FinishReason, GenerationRequest, RequestOutput
 
@@ -25,11 +27,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def generate(
-    backend: Backend, request: GenerationRequest, arrived_s: float, idle_timeout_s: float
+    backend: Backend, request: GenerationRequest, arrived_s: float, idle_timeout_s: float, until_s: float = math.inf
 ) -> AsyncGenerator[RequestOutput, None]:
     """One choice. A replica lost before its first output is replaced by another, once; a silent one is given up.
 
-    ``arrived_s``: when the API request came, on the monotonic clock. Raises ApiError and the engine's refusals.
+    ``arrived_s``: when the API request came, on the monotonic clock, ``until_s``: when it must have ended. Raises
+    ApiError and the engine's refusals.
     """
     said_something = False
     for attempt in range(NUM_ATTEMPTS):
@@ -38,7 +41,7 @@ async def generate(
         sent = replace(request, request_id=request_id, waited_s=time.monotonic() - arrived_s)
         try:
             async with aclosing(backend.generate(sent)) as outputs:
-                async for output in _within(outputs, idle_timeout_s):
+                async for output in _within(outputs, idle_timeout_s, until_s):
                     if output.finish_reason is FinishReason.ERROR:
                         raise ApiError(Outcome.BROKEN, output.error or "the engine failed to process the request")
                     said_something = True
@@ -51,16 +54,21 @@ async def generate(
                 raise ApiError(Outcome.REPLICA_LOST, str(error)) from error
 
 
-async def _within(outputs: AsyncIterator[RequestOutput], idle_timeout_s: float) -> AsyncIterator[RequestOutput]:
-    """The same outputs; ApiError when one lets wait for more than ``idle_timeout_s``."""
+async def _within(
+    outputs: AsyncIterator[RequestOutput], idle_timeout_s: float, until_s: float
+) -> AsyncIterator[RequestOutput]:
+    """The same outputs; ApiError when one lets wait for more than ``idle_timeout_s``, or beyond ``until_s``."""
     while True:
+        left_s = until_s - time.monotonic()
         try:
-            async with asyncio.timeout(idle_timeout_s):
+            async with asyncio.timeout(min(idle_timeout_s, left_s)):
                 output = await anext(outputs)
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise ApiError(Outcome.TIMEOUT, f"the engine said nothing for {idle_timeout_s:g} s") from error
+            silent = f"the engine said nothing for {idle_timeout_s:g} s"
+            message = silent if idle_timeout_s < left_s else "the answer took longer than is allowed here"
+            raise ApiError(Outcome.TIMEOUT, message) from error
         yield output
 
 
@@ -70,6 +78,7 @@ async def generate_all(
     arrived_s: float,
     idle_timeout_s: float,
     num_choices_per_prompt: int = 1,
+    until_s: float = math.inf,
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(choice, output) of several choices as they come. The first failure ends them all.
 
@@ -77,7 +86,7 @@ async def generate_all(
     prefix cache, and none of the others computes it again.
     """
     if len(requests) == 1:
-        async with aclosing(generate(backend, requests[0], arrived_s, idle_timeout_s)) as outputs:
+        async with aclosing(generate(backend, requests[0], arrived_s, idle_timeout_s, until_s)) as outputs:
             async for output in outputs:
                 yield 0, output
         return
@@ -90,7 +99,7 @@ async def generate_all(
         try:
             if index != leader and len(request.prompt_ids) >= MIN_SHARED_TOKENS:
                 await begun[leader].wait()
-            async with aclosing(generate(backend, request, arrived_s, idle_timeout_s)) as outputs:
+            async with aclosing(generate(backend, request, arrived_s, idle_timeout_s, until_s)) as outputs:
                 async for output in outputs:
                     begun[index].set()
                     merged.put_nowait((index, output))
@@ -167,20 +176,33 @@ def _event(content: Mapping[str, Any]) -> bytes:
 
 
 class EventStreamResponse(StreamingResponse):
-    """Awaits ``on_end`` however the stream ends: done, failed, or the client gone before the first byte."""
+    """Awaits ``on_end`` however the stream ends; it is told how if the stream has not told itself.
+
+    ``stalls`` ends it when the client takes nothing.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_end: Callable[[], Awaitable[None]]
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        on_end: Callable[[Outcome], Awaitable[None]],
+        stalls: StallWatch,
     ) -> None:
         super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._events = events
         self._on_end = on_end
+        self._stalls = stalls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with aclosing(self._events):
-                await super().__call__(scope, receive, send)
-        finally:
-            await self._on_end()
+        with self._stalls.guard(send) as guarded:
+            try:
+                async with aclosing(self._events):
+                    await super().__call__(scope, receive, guarded)
+            except asyncio.CancelledError:
+                if not guarded.stalled:
+                    raise
+                guarded.task.uncancel()  # the server closes a connection whose response is left unfinished
+            finally:
+                await self._on_end(Outcome.STALLED if guarded.stalled else Outcome.DISCONNECTED)

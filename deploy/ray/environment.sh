@@ -18,3 +18,8 @@ export RAY_SERVE_LOG_TO_STDERR=0
 export RAY_ROTATION_MAX_BYTES=134217728
 export RAY_ROTATION_BACKUP_COUNT=2
 export RAY_SERVE_HAPROXY_BINARY_PATH="$PWD/deploy/ray/haproxy.sh"
+
+# Slow and greedy clients: see deploy/ray/haproxy.sh. The second is also how long a client may take nothing of a stream.
+export HEADER_TIMEOUT_S="${HEADER_TIMEOUT_S:-10}"
+export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S="${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-30}"
+export MAX_CLIENT_CONNECTIONS="${MAX_CLIENT_CONNECTIONS:-2048}"

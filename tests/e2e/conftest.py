@@ -17,6 +17,8 @@ from tests.models import write_config
 MODEL = "tiny"
 ADMIN_TOKEN = "let me steer"
 CONTEXT_TOKENS = 512
+HEADER_TIMEOUT_S = 2
+MAX_CLIENT_CONNECTIONS = 256
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,7 @@ def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., di
                 "profile_repeats": 0,
             },
             "controller": {"law": "static", "level": 0},
-            "ingress": {"idle_timeout_s": 60, "admin_token": ADMIN_TOKEN},
+            "ingress": {"idle_timeout_s": 60, "body_timeout_s": HEADER_TIMEOUT_S, "admin_token": ADMIN_TOKEN},
             "log_format": "json",
         }
         return {
@@ -67,8 +69,11 @@ def serve_file(serve_document: Callable[..., dict[str, Any]]) -> Callable[..., S
 @pytest.fixture(scope="session")
 def cluster(serve_file: Callable[..., ServeFile]) -> Iterator[LocalCluster]:
     """One cluster for all tests that leave it as they found it. A Ray driver can join one cluster only at a time."""
-    with LocalCluster.start(serve_file()) as cluster:
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:  # see deploy/ray/haproxy.sh
+        patch.setenv("HEADER_TIMEOUT_S", str(HEADER_TIMEOUT_S))
+        patch.setenv("MAX_CLIENT_CONNECTIONS", str(MAX_CLIENT_CONNECTIONS))
+        with LocalCluster.start(serve_file()) as cluster:
+            yield cluster
 
 
 class Metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,19 +42,22 @@ def engine_config(model_path: Path, load_format: str = "random", context_tokens:
 
 
 @contextmanager
-def serve(config: EngineConfig, ingress: IngressSection) -> Iterator[ServedApi]:
-    """Serves until the block ends."""
+def serve(config: EngineConfig, ingress: IngressSection, send_buffer_bytes: int = 0) -> Iterator[ServedApi]:
+    """Serves until the block ends. ``send_buffer_bytes`` of each connection in the kernel; 0: as it likes."""
     started: list[ServedApi] = []
     ready, stop = threading.Event(), threading.Event()
 
     async def run() -> None:
         engine = await AsyncEngine.start(config)
         service = OpenAIService([ServedModel(MODEL, InProcessBackend(engine), engine.tokenizer)], ingress, "ingress")
-        server = uvicorn.Server(uvicorn.Config(create_api(service), host="127.0.0.1", port=0, log_level="warning"))
-        serving = asyncio.create_task(server.serve())
+        server = uvicorn.Server(uvicorn.Config(create_api(service), log_level="warning"))
+        listening = socket.create_server(("127.0.0.1", 0))
+        if send_buffer_bytes:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not server.started:
             await asyncio.sleep(0.01)
-        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        host, port = listening.getsockname()
         started.append(ServedApi(f"http://{host}:{port}", engine, service))
         ready.set()
         await asyncio.to_thread(stop.wait)

@@ -26,7 +26,7 @@ from tests.models import write_config
 
 NUM_EXAMPLES = 30  # for each operation
 MAX_TOKENS = 4
-EXPECTED = (200, 400, 403, 404, 413, 503)
+EXPECTED = (200, 400, 403, 404, 413, 431, 503)
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
