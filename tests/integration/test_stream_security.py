@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from controller.config import ConfigError, StreamSecurity
 from engine.agent import ControlCredentials
+from tests.certificates import Authority, certificate
 from tests.integration.control_harness import CONFIG, Cluster, until
 
 SERVER_NAME = "brownoutserve-controller"
-
-
-@dataclass(frozen=True)
-class Authority:
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
-
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def certificate(name: str, issuer: Authority | None = None) -> Authority:
-    """A certificate for ``name``, signed by ``issuer``, or an authority of its own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.certificate.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-    )
-    return Authority(key, builder.sign(issuer.key if issuer else key, hashes.SHA256()))
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +25,7 @@ def authority() -> Authority:
 @pytest.fixture
 def security(authority: Authority, tmp_path: Path) -> StreamSecurity:
     server = certificate(SERVER_NAME, authority)
-    key_pem = server.key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    files = {"cert": server.pem, "key": key_pem, "ca": authority.pem, "token": b"open sesame\n"}
+    files = {"cert": server.pem, "key": server.key_pem, "ca": authority.pem, "token": b"open sesame\n"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     cert, key, ca, token = (str(tmp_path / name) for name in files)
