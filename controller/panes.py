@@ -15,19 +15,24 @@ class PhaseSum:
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.level_tokens = self.level_peak = 0
         self.step_time_s = SketchSum()
-        self.shapes: dict[int, ShapeWindow] = {}
+        self._shape_steps: dict[int, int] = {}
+        self._shape_times_s: dict[int, float] = {}
 
     def add(self, window: PhaseWindow) -> None:
         self.num_steps += window.num_steps
         self.num_tokens += window.num_tokens
         self.level_tokens += window.level_tokens
-        self.level_peak = max(self.level_peak, window.level_peak)
+        if window.level_peak > self.level_peak:
+            self.level_peak = window.level_peak
         self.step_time_s.add(window.step_time_s)
+        steps, times_s = self._shape_steps, self._shape_times_s
         for log2_tokens, shape in window.shapes.items():
-            known = self.shapes.get(log2_tokens, ShapeWindow())
-            self.shapes[log2_tokens] = ShapeWindow(
-                known.num_steps + shape.num_steps, known.step_time_s + shape.step_time_s
-            )
+            steps[log2_tokens] = steps.get(log2_tokens, 0) + shape.num_steps
+            times_s[log2_tokens] = times_s.get(log2_tokens, 0.0) + shape.step_time_s
+
+    @property
+    def shapes(self) -> dict[int, ShapeWindow]:
+        return {size: ShapeWindow(steps, self._shape_times_s[size]) for size, steps in self._shape_steps.items()}
 
     def value(self) -> PhaseWindow:
         """What it holds, as a view: read it before the next `add`."""

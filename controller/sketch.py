@@ -83,16 +83,18 @@ class SketchSum:
         """SketchMismatchError if its resolution is not that of the others."""
         if not sketch.counts and not sketch.zero_count:
             return
-        if self._relative_error not in (None, sketch.relative_error):
-            raise SketchMismatchError(
-                f"relative errors {self._relative_error} and {sketch.relative_error} do not merge"
-            )
-        self._relative_error = sketch.relative_error
+        if self._relative_error != sketch.relative_error:
+            if self._relative_error is not None:
+                raise SketchMismatchError(
+                    f"relative errors {self._relative_error} and {sketch.relative_error} do not merge"
+                )
+            self._relative_error = sketch.relative_error
         self._zero_count += sketch.zero_count
         self._total += sketch.total
         counts = self._counts
+        held = counts.get
         for bucket, count in sketch.counts.items():
-            counts[bucket] = counts.get(bucket, 0) + count
+            counts[bucket] = held(bucket, 0) + count
 
     def value(self) -> QuantileSketch:
         """What it holds, as a view: read it before the next `add`."""

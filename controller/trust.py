@@ -25,5 +25,7 @@ class Trust:
 
     def after(self, is_sound: bool) -> Trust:
         """What is thought of the replica after one more report."""
+        if is_sound and self.count == 0 and self.is_trusted:
+            return self
         count = max(self.count - 1, 0) if is_sound else min(self.count + STRIKE, MOST)
         return Trust(count, count == 0 if not self.is_trusted else count < QUARANTINE)

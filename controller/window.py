@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from controller.panes import Pane
@@ -47,7 +47,7 @@ class Replica:
         return now_s - (self.joined_at_s if self.last_at_s is None else self.last_at_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Memory:
     """What is known of a replica beyond its stream's end."""
 
@@ -89,7 +89,8 @@ class ModelWindow:
             self._judge(replica, memory, is_sound=False)
             is_last = window.sequence == memory.sequence
             return self._count(Verdict.DUPLICATE if is_last else Verdict.OUT_OF_ORDER)
-        self._judge(replica, replace(memory, sequence=window.sequence), is_sound=True)
+        memory.sequence = window.sequence
+        self._judge(replica, memory, is_sound=True)
         replica.last_at_s = now_s
         if not replica.trust.is_trusted:
             return self._count(Verdict.QUARANTINED)
@@ -168,10 +169,10 @@ class ModelWindow:
         return memory if memory and memory.incarnation == hello.incarnation else _Memory(hello.incarnation)
 
     def _judge(self, replica: Replica, memory: _Memory, is_sound: bool) -> None:
-        replica.trust = memory.trust.after(is_sound)
+        replica.trust = memory.trust = memory.trust.after(is_sound)
         if not replica.trust.is_trusted:
             replica.last = None
-        self._memory[replica.hello.replica_id] = replace(memory, trust=replica.trust)
+        self._memory[replica.hello.replica_id] = memory
         self._memory.move_to_end(replica.hello.replica_id)
         if len(self._memory) > MAX_REMEMBERED_REPLICAS:
             self._memory.popitem(last=False)

@@ -6,20 +6,21 @@ m[level] of the step time predicted for the recent batch shapes, and takes the l
     m[level] <= margin * TPOT budget                                           (each running request keeps its pace)
     waited(k) + chunks(k) * c[level] <= margin * TTFT budget  for sampled k    (each prompt is computed in time)
     waited(k) + places(k) * m[level] <= margin * TTFT budget  for sampled k    (each waiting request starts in time)
-    f[level] <= max_num_seqs / (arrival rate * mean output length)             (a full batch keeps up with the arrivals)
+    f[level] <= max_num_seqs / (CARRIED_FRAC * arrival rate * mean output length)     (a full batch nearly keeps up)
 
 where chunks(k) counts the steps of a whole token budget, c[level] each, until the k-th waiting request's prompt and
 those before it are computed, and places(k) the steps until k places of a full batch have become free (Little's law:
 max_num_seqs / mean output length per step). f[level] is the step of a full batch. The last condition raises the level
 only when the batch is nearly full, before a queue has formed; on the way down it always counts, or a queue would only
-build up again.
+build up again. What it leaves of the arrivals is for the queue to ask for: levels are few, and the one that carries
+everything may lose far more than turns of the two beside the need; and the rate is known within a tenth only.
 
 | setting                    | prediction                                 | level                                     |
 | -------------------------- | ------------------------------------------ | ----------------------------------------- |
 | floor == ceiling           | any                                        | floor, at once                            |
 | floor < ceiling            | a lower level would break a budget         | least level that keeps both, at once      |
 | floor < ceiling            | nearly full, lower would not carry arrivals| least level that does, at once            |
-| floor < ceiling            | a lower level has been enough for DOWN_S   | one level down, at most one per DOWN_S    |
+| floor < ceiling            | a lower level has been enough for DOWN_S   | the deepest that was needed meanwhile     |
 | floor < ceiling            | ... but does not carry the arrivals        | kept                                      |
 | floor < ceiling            | no level keeps the budgets                 | least level within USELESS_FRAC of best   |
 | floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
@@ -37,7 +38,8 @@ from engine.types import BrownoutSetting, Levels, PhaseSetting
 SMOOTHING_S = 0.4  # time constant of m[level]
 DOWN_S = 0.5  # a level must have been more than enough for so long before it is left
 ARRIVALS_S = (1.0, 4.0)  # bounds of the arrival rate's time constant
-NUM_ARRIVALS = 40.0  # that the rate remembers, within those bounds
+NUM_ARRIVALS = 100.0  # that the rate remembers, within those bounds
+CARRIED_FRAC = 0.85  # of the arrivals, that the level must carry without being asked by a queue
 FULL_FRAC = 0.9  # of the places: from here on the arrivals may raise the level
 USELESS_FRAC = 0.01  # a deeper level that gains less than this is not worth its loss
 MAX_QUEUE_SAMPLES = 16
@@ -75,6 +77,7 @@ class GovernorState:
     smoothed_s: tuple[float, ...]  # m[level]
     level: int = 0
     enough_since_s: float = math.inf  # since when a lower level would have been enough; inf: it would not
+    enough_level: int = 0  # the deepest that was needed since then
     updated_s: float = -math.inf
     mean_output_tokens: float = 64.0
     arrivals_per_s: float = 0.0  # as of arrived_s; decays from then on
@@ -95,19 +98,22 @@ def choose_levels(
     wanted = max(_level_for_pace(state, setting.decode), _level_for_queue(state, setting.prefill, observation))
     if observation.num_held >= FULL_FRAC * observation.max_num_seqs:
         wanted = max(wanted, carrying)
-    level, enough_since_s = max(0, state.level - int(observation.idle_s / DOWN_S)), state.enough_since_s
+    level = max(0, state.level - int(observation.idle_s / DOWN_S))
+    needed, enough_since_s, enough_level = max(wanted, carrying), state.enough_since_s, state.enough_level
     if wanted >= level:
         level, enough_since_s = wanted, math.inf
-    elif carrying >= level:
+    elif needed >= level:
         enough_since_s = math.inf
     elif enough_since_s == math.inf:
-        enough_since_s = now_s
-    elif now_s - enough_since_s >= DOWN_S:
-        level, enough_since_s = level - 1, now_s
+        enough_since_s, enough_level = now_s, needed
+    else:
+        enough_level = max(enough_level, needed)
+        if now_s - enough_since_s >= DOWN_S:
+            level, enough_since_s, enough_level = enough_level, now_s, needed
     levels = Levels(prefill=_clamp(level, setting.prefill, top), decode=_clamp(level, setting.decode, top))
     # Remembering a level that neither phase may have would delay the way down once the range allows it again.
     level = min(max(level, min(levels.prefill, levels.decode)), levels.peak)
-    return replace(state, level=level, enough_since_s=enough_since_s), levels
+    return replace(state, level=level, enough_since_s=enough_since_s, enough_level=enough_level), levels
 
 
 def choose_budget(
@@ -202,8 +208,8 @@ def _level_for_queue(state: GovernorState, setting: PhaseSetting, observation: S
 
 
 def _level_for_arrivals(state: GovernorState, observation: StepObservation, now_s: float) -> int:
-    """The least level at which a full batch finishes requests as fast as they arrive."""
-    places_per_s = _arrivals_per_s(state, now_s) * state.mean_output_tokens
+    """The least level at which a full batch finishes CARRIED_FRAC of the requests that arrive."""
+    places_per_s = CARRIED_FRAC * _arrivals_per_s(state, now_s) * state.mean_output_tokens
     if not places_per_s:
         return 0
     full_s = _predicted_s(state, observation, observation.max_num_seqs)

@@ -32,7 +32,7 @@ from controller.types import Decision, Observation, PhaseDecision, Reason, Slo
 class PredictiveParams:
     """Gains are margin per second at a relative error of 1."""
 
-    ttft_margin: float = 0.3  # most of the promise is kept for what arrives after the prediction
+    ttft_margin: float = 0.27  # most of the promise is kept for what arrives after the prediction
     tpot_margin: float = 0.92
     max_shift: float = 0.1
     target_frac: float = 0.95  # of the SLO: where P90 should settle

@@ -114,18 +114,25 @@ def test_a_level_forbidden_meanwhile_is_forgotten() -> None:
     assert choose_levels(state, setting(), full_step(), 0.2)[1] == Levels(0, 0)
 
 
-def test_one_level_down_per_down_s() -> None:
-    _, levels = run_for(3.0, at_level(TOP), setting(), full_step())
-    assert levels[0] == TOP
+def test_down_to_what_was_needed_in_the_last_down_s() -> None:
+    """A queue that needs level 2 is there for the second half of the wait: from the top to 2, then to 0 at once."""
+    order, busy = setting(ttft_s=1.3), full_step(Waiting(10, 0.0, 96))
+    state, levels = run_for(DOWN_S / 2, at_level(TOP), order, full_step())
+    state, more = run_for(DOWN_S / 2, state, order, busy, start_s=DOWN_S / 2)
+    assert set(levels + more) == {TOP}
+    state, levels = run_for(0.1, state, order, full_step(), start_s=DOWN_S)
+    assert levels == [2, 2]
+    _, levels = run_for(2 * DOWN_S, state, order, full_step(), start_s=DOWN_S + 0.1)
+    changes = [step for step, (before, after) in enumerate(pairwise([2, *levels])) if before != after]
     assert levels[-1] == 0
-    changes = [step for step, (before, after) in enumerate(pairwise(levels)) if before != after]
-    assert all(before - after in (0, 1) for before, after in pairwise(levels))
-    assert all(later - earlier >= round(DOWN_S / 0.05) for earlier, later in pairwise(changes))
+    assert len(changes) == 1
+    assert changes[0] * 0.05 >= DOWN_S - 0.1 - 1e-9
 
 
-@pytest.mark.parametrize(("arrivals_per_s", "expected"), [(4.0, 0), (8.0, 2), (100.0, TOP)])
+@pytest.mark.parametrize(("arrivals_per_s", "expected"), [(4.0, 0), (9.0, 2), (100.0, TOP)])
 def test_stays_at_the_level_that_carries_the_arrivals(arrivals_per_s: float, expected: int) -> None:
-    """A full batch finishes 32 / (64 tokens x m) requests per second: 5 at level 0, 8.3 at level 2."""
+    """A full batch finishes 32 / (64 tokens x m) requests per second: 5, 6.25 and 8.3 at levels 0 to 2, which is to be
+    CARRIED_FRAC of those that arrive."""
     state = replace(at_level(TOP), mean_output_tokens=64.0, arrivals_per_s=arrivals_per_s)
     next_arrival_s = 0.0
     for step in range(400):
@@ -141,8 +148,8 @@ def test_stays_at_the_level_that_carries_the_arrivals(arrivals_per_s: float, exp
 
 @pytest.mark.parametrize(("num_held", "expected"), [(10, 0), (28, 0), (29, 2), (40, 2)])
 def test_arrivals_raise_the_level_before_a_queue_forms(num_held: int, expected: int) -> None:
-    """8 requests/s of 64 tokens need level 2 once the batch is full; while it has room they need nothing yet."""
-    state = replace(at_level(0), mean_output_tokens=64.0, arrivals_per_s=8.0, arrived_s=0.0)
+    """9 requests/s of 64 tokens need level 2 once the batch is full; while it has room they need nothing yet."""
+    state = replace(at_level(0), mean_output_tokens=64.0, arrivals_per_s=9.0, arrived_s=0.0)
     _, levels = choose_levels(state, setting(), full_step(num_held=num_held), 0.0)
     assert levels.decode == expected
 
@@ -191,13 +198,12 @@ def test_levels_stay_in_the_setting_and_on_the_ladder(
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.4), OBSERVATIONS), min_size=2, max_size=60), st.floats(0.05, 3.0))
-def test_never_down_faster_than_one_level_per_down_s(steps: list[tuple[float, StepObservation]], ttft_s: float) -> None:
+def test_never_down_twice_within_down_s(steps: list[tuple[float, StepObservation]], ttft_s: float) -> None:
     state, now_s, level, went_down_s = at_level(TOP), 0.0, TOP, -math.inf
     for step_s, observation in steps:
         now_s += step_s
         state, levels = choose_levels(state, setting(ttft_s=ttft_s, tpot_s=0.05), observation, now_s)
         if levels.decode < level:
-            assert level - levels.decode == 1
             assert now_s - went_down_s >= DOWN_S
             went_down_s = now_s
         level = levels.decode

@@ -44,7 +44,7 @@ def test_truth_table(tpot_frac: float | None, level: float, num_stale: int, move
 
 def test_starting_margins() -> None:
     _, decision = LAW.step(LAW.initial(), observed(), 0.0)
-    assert (decision.prefill.margin, decision.decode.margin) == (0.3, 0.92)
+    assert (decision.prefill.margin, decision.decode.margin) == (0.27, 0.92)
     assert (decision.prefill.budget_s, decision.decode.budget_s) == (SLO.ttft_s, SLO.tpot_s)
 
 
