@@ -4,15 +4,18 @@
     python -m benchmarks.quality.evaluate --base-url http://127.0.0.1:8000 \\
         --name MODEL --tokenizer DIR --data DATA                                  through a server
 
-DATA has eval/ (piqa_valid, copa_dev, openbookqa_train_first1000 or openbookqa_test, ceval_dev and, if at hand,
-ceval_val; all .jsonl.gz) and text/ (gutenberg_heldout.txt.gz, wikitext2_valid.txt.gz); what is missing can be left out
-with --tasks and --texts.
+DATA has eval/ (piqa_valid, copa_dev, openbookqa_train_first1000 or openbookqa_test as .jsonl.gz; C-Eval as
+benchmarks/quality/ceval.py says) and text/ (gutenberg_heldout.txt.gz, wikitext2_valid.txt.gz); what is missing can be
+left out with --tasks and --texts.
 
-The accuracy table of BrownoutServe (arXiv 2507.17133) for a real checkpoint, one row for each of the model's levels:
+The accuracy table of BrownoutServe (arXiv 2507.17133) for a real checkpoint: its rule at thresholds 0.6 and 0, its
+united experts (distilled on their members' mixture) of every way:
 
-    brownoutserve unite models/qwen1.5-moe-a2.7b --text TEXT --way 2 --way 4 --way 8
-    brownoutserve calibrate models/qwen1.5-moe-a2.7b --text TEXT
-    python -m benchmarks.quality.evaluate --model models/qwen1.5-moe-a2.7b --data DATA --levels all
+    brownoutserve unite MODEL --text TEXT --way 2 --way 4 --way 8 --method mixture && \\
+    python -m benchmarks.quality.evaluate --model MODEL --data DATA --ladder benchmarks/quality/paper_levels.json
+
+Without --method and --ladder, and with `brownoutserve calibrate MODEL --text HELD_OUT_TEXT` between the two, the same
+for this project's builds and measured levels. United experts are MODEL/united-* unless --united names others.
 
 In this process every level is pinned in turn. Through a server it is the operator who pins: the tool runs
 `brownoutserve brownout set LEVEL` for each of --levels, or measures the level in force when none is given. A server
@@ -36,9 +39,10 @@ from tokenizers import Tokenizer
 from benchmarks.quality import corpus
 from benchmarks.quality.forced import ForcedModel
 from benchmarks.quality.generation import Continuations, compare_continuations, describe
+from benchmarks.quality.questions import accuracy
 from benchmarks.quality.scorers import EngineScorer, ServerScorer
 from benchmarks.quality.scoring import Request, Scorer, TokenScore
-from benchmarks.quality.tasks import TASKS, accuracy, load_task
+from benchmarks.quality.tasks import TASKS, load_task
 from benchmarks.results import RESULTS, markdown_table, write_result
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
@@ -68,11 +72,14 @@ def evaluate(target: Target, options: argparse.Namespace) -> Iterator[dict[str, 
     prompts = [request.ids[:PROMPT_TOKENS] for requests in list(texts.values())[:1] for request in requests]
     exact_scores: dict[str, list[list[TokenScore]]] = {}
     exact_text: Continuations | None = None
+    longest = options.max_model_len - 1  # one token is always generated
     for level in sorted({0, *target.levels}):
         started_s = time.monotonic()
         scorer = target.scorer_at(level)
         row: dict[str, Any] = {"level": level, "name": target.level_names[level] if target.level_names else str(level)}
-        row["tasks"] = {name: round(accuracy(asked, scorer, target.encode), 4) for name, asked in tasks.items()}
+        row["tasks"] = {
+            name: round(accuracy(asked, scorer, target.encode, longest), 4) for name, asked in tasks.items()
+        }
         row["num_questions"] = {name: len(asked) for name, asked in tasks.items()}
         row["texts"] = {}
         for name, requests in texts.items():
@@ -135,9 +142,10 @@ def _kl(engine: Engine, level: int, requests: Sequence[Request]) -> float:
 
 
 def open_engine(options: argparse.Namespace) -> Target:
+    beside = tuple(str(path.resolve()) for path in sorted(options.model.glob("united-*")) if path.is_dir())
     brownout = BrownoutConfig(
-        united=tuple(options.united) or "average",
-        ladder=str(options.ladder or ""),
+        united=tuple(options.united) or beside or "average",
+        ladder=str(options.ladder.resolve()) if options.ladder else "",
         allow_unmeasured=True,
         profile_repeats=0,
         exempt_first=options.exempt_first,
@@ -197,7 +205,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="questions per task; default: all")
     parser.add_argument("--sequences", type=int, default=64, help="of each text; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=512, help="of each sequence; default: %(default)s")
-    parser.add_argument("--united", nargs="*", default=[], help="directories of united experts")
+    parser.add_argument(
+        "--united", nargs="*", default=[], help="directories of united experts; default: MODEL/united-*"
+    )
     parser.add_argument("--ladder", type=Path, help="ladder JSON; default: ladder.json beside the model")
     parser.add_argument("--exempt-first", type=int, default=2, help="layers never dimmed; default: %(default)s")
     parser.add_argument("--exempt-last", type=int, default=2, help="default: %(default)s")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.forced import ForcedModel, ForcedScorer, Reference
-from benchmarks.quality.tasks import Question, accuracy, load_task
+from benchmarks.quality.questions import Question, accuracy
+from benchmarks.quality.tasks import load_task
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.moe.ladder import Ladder, Level
 from engine.moe.settings import DimmerKind, DimSetting

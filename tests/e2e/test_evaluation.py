@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.quality.questions import make_request
 from benchmarks.quality.scorers import EngineScorer, ServerScorer
-from benchmarks.quality.tasks import make_request
 from cluster.local import LocalCluster
 from engine.config import CacheConfig, EngineConfig, ModelConfig
 from engine.engine import Engine

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.quality.forced import ForcedModel, ForcedScorer
+from benchmarks.quality.questions import Question, accuracy
 from benchmarks.quality.scorers import EngineScorer
 from benchmarks.quality.scoring import Request
-from benchmarks.quality.tasks import Question, accuracy
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.moe.ladder import Ladder, Level
