@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest_asyncio
 
 from cluster.redis_server import RedisServer
-from cluster.router.loads import LoadPublisher, connect, load_key
+from cluster.router.loads import TIMEOUT_S, LoadPublisher, connect, load_key
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router, home_of
 from engine.types import GenerationRequest
+from tests.integration.control_harness import TcpProxy
 
 APP = "app"
 REPLICAS = ("a", "b", "c")
@@ -108,6 +111,44 @@ async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, l
     assert set(ingress.held.values()) == {5}
     redis.start()
     await until(lambda: len(ingress.registry.loads()) == 3)
+
+
+async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
+    redis: RedisServer, loads: dict[str, ReplicaLoad]
+) -> None:
+    """The event loop, on which requests are routed, stays free as well."""
+    password, place = urlsplit(redis.url).password, f"127.0.0.1:{urlsplit(redis.url).port}"
+    async with TcpProxy(place) as proxy:
+        ingress = Ingress(f"redis://:{password}@{proxy.address}/0")
+        ingress.registry.watch(REPLICAS)
+        await until(lambda: len(ingress.registry.loads()) == 3)
+        proxy.cut()
+        await until(lambda: not ingress.registry.loads())
+        started_s = time.monotonic()
+        for _ in range(60):
+            ingress.send()
+            await asyncio.sleep(0.005)
+        assert set(ingress.held.values()) == {20}
+        assert time.monotonic() - started_s < 30 * TIMEOUT_S  # picks that wait for Redis would take twice that
+        proxy.heal()
+        await until(lambda: len(ingress.registry.loads()) == 3)
+        await ingress.registry.close()
+
+
+async def test_a_flushed_redis_is_filled_again(
+    redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad]
+) -> None:
+    ingress.registry.watch(REPLICAS)
+    await until(lambda: len(ingress.registry.loads()) == 3)
+    ingress.send()
+    client = connect(redis.url)
+    for _ in range(20):
+        await client.flushall()
+        assert ingress.send() in REPLICAS
+        await asyncio.sleep(0.01)
+    await client.aclose()
+    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until(lambda: not ingress.registry.num_picked())  # counts of before do not come back
 
 
 async def test_without_redis_or_with_nonsense_in_it_the_own_load_decides(redis: RedisServer) -> None:
