@@ -72,7 +72,7 @@ class Engine:
         self._under_way: _StepUnderWay | None = None
         self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
         self._held_outputs: list[RequestOutput] = []
-        self._num_deliberate = 0  # requests that want more than the likeliest token
+        self._num_needing_host = 0  # requests for which steps cannot overlap
         self._swap: UnitedSwap | None = None
         self.grammars = GrammarCompiler(self.tokenizer, slot.spec.vocab_size)
         self._pairs_per_token = slot.spec.pairs_per_token
@@ -120,7 +120,7 @@ class Engine:
         state = RequestState(request, self.tokenizer, now_s - request.waited_s, self.info.vocab_size, grammar)
         self.scheduler.add(state.sequence)
         self._requests[request.request_id] = state
-        self._num_deliberate += state.deliberate
+        self._num_needing_host += state.needs_host
         self.brownout.learn_arrival(now_s)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -204,10 +204,10 @@ class Engine:
         return outputs
 
     def _may_overlap(self) -> bool:
-        """A request whose next token depends on more than the model's logits waits for the host to know the last."""
-        if not self._overlaps or not self._num_deliberate:
+        """Not while the next token of a request in the batch depends on what the host makes of the last."""
+        if not self._overlaps or not self._num_needing_host:
             return self._overlaps
-        return all(self._requests[s.request_id].sampling.takes_argmax for s in self.scheduler.running)
+        return not any(self._requests[s.request_id].sampling.needs_host for s in self.scheduler.running)
 
     def _launch_step(self, runner: Runner) -> _StepUnderWay | None:
         now_s = self._clock()
@@ -294,7 +294,7 @@ class Engine:
     def _finish(self, state: RequestState, reason: FinishReason, output: RequestOutput | None = None) -> RequestOutput:
         sequence = state.sequence
         del self._requests[sequence.request_id]
-        self._num_deliberate -= state.deliberate
+        self._num_needing_host -= state.needs_host
         self.scheduler.remove(sequence)
         if reason is not FinishReason.ABORT:
             self.brownout.learn_finish(sequence.num_generated)

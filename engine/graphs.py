@@ -38,6 +38,9 @@ WARM_UP_ROWS = 2048  # distance between the large sizes that are run at start, t
 NUM_RESULT_BUFFERS = 2  # one is read by the host while the next step writes the other
 
 
+Choose = Callable[[Tensor, Tensor], Tensor]  # logits [logit rows, V], newest tokens [N] -> the next ones [N]
+
+
 class GraphStep:
     """A launched step. Its logits stay valid until the next launch."""
 
@@ -47,7 +50,7 @@ class GraphStep:
         self.logits = logits  # [logit rows, V]
 
     def token_ids(self) -> list[int]:
-        """Greedy choices of the sequences that sample; waits for the step."""
+        """Choices of the sequences that sample; waits for the step."""
         self._done.synchronize()
         return self._host_results[0, : self._num_samples].tolist()
 
@@ -99,29 +102,28 @@ class StepGraphs:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def launch(self, rows: StepRows, levels: Levels) -> GraphStep:
-        """Begin a step behind those already launched."""
+    def launch(self, rows: StepRows, levels: Levels, choose: Choose | None = None) -> GraphStep:
+        """Begin a step behind those already launched. ``choose`` picks other tokens than the likeliest."""
         num_sequences = len(rows.places)
         if rows.num_decodes == num_sequences and num_sequences <= max(self._decodes, default=0):
             size = _padded(num_sequences, self._decodes)
             self._inputs.fill(rows, levels, size, size)
             self._decodes[size].replay()
-            logits = self._logits[:num_sequences]
+            logits, layout = self._logits[:num_sequences], self._inputs.device_layout(size, size)
         else:
             run = self._run_parts if rows.num_rows <= max(self._parts) else self._run_whole
-            run(rows, levels)
+            layout = run(rows, levels)
             logits = self._run_head(rows)
+        if choose is not None:
+            num_samples = int(rows.samples.sum())
+            token_ids = choose(logits, self._inputs.newest_of_samples(layout, num_samples))
+            self._results[0, :num_samples] = token_ids
+            self._inputs.newest[layout.sample_places[:num_samples]] = token_ids.int()
         self._turn = (self._turn + 1) % NUM_RESULT_BUFFERS
         host_results, done = self._host_results[self._turn], torch.cuda.Event()
         host_results.copy_(self._results, non_blocking=True)
         done.record()
         return GraphStep(host_results, done, rows, logits)
-
-    def replace_newest(self, rows: StepRows, token_ids: list[int]) -> None:
-        """The sequences that sample got other tokens than the greedy ones."""
-        device = self._results.device
-        places = torch.from_numpy(rows.places[rows.samples]).to(device)
-        self._inputs.newest[places] = torch.tensor(token_ids, dtype=torch.int32, device=device)
 
     def replay_decode(self, num_sequences: int) -> None:
         """Run a decode graph again on the inputs of the last launch, without waiting: for measurements."""
@@ -146,15 +148,17 @@ class StepGraphs:
 
     # Steps in parts
 
-    def _run_parts(self, rows: StepRows, levels: Levels) -> None:
+    def _run_parts(self, rows: StepRows, levels: Levels) -> Layout[Tensor]:
         model, kv, num_rows = self._model, self._kv, rows.num_rows
         size = _padded(num_rows, self._parts)
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
-        batch = self._inputs.batch(self._inputs.device_layout(size, self.max_num_seqs), rows, levels)
+        layout = self._inputs.device_layout(size, self.max_num_seqs)
+        batch = self._inputs.batch(layout, rows, levels)
         for index, graph in enumerate(self._parts[size]):
             graph.replay()
             if index < self._num_layers:
                 self._attended[:num_rows] = model.attend(index, self._queries[:num_rows], batch, kv)
+        return layout
 
     def _run_head(self, rows: StepRows) -> Tensor:
         """Choose tokens after the parts; returns the wanted logits."""
@@ -192,7 +196,7 @@ class StepGraphs:
 
     # Steps without graphs
 
-    def _run_whole(self, rows: StepRows, levels: Levels) -> None:
+    def _run_whole(self, rows: StepRows, levels: Levels) -> Layout[Tensor]:
         """Beyond the largest captured size. Queries stay where they are, and at level 0 no dimmer runs."""
         model, kv, num_rows, size = self._model, self._kv, rows.num_rows, _rounded(rows.num_rows)
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
@@ -206,6 +210,7 @@ class StepGraphs:
                 attended = self._attended[:size]
             hidden, queries = model.advance(index, hidden, attended, batch, kv)
         self._keep(hidden, layout)
+        return layout
 
     @torch.inference_mode()
     def _run_once(self, num_rows: int) -> None:

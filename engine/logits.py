@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.grammar import GrammarState, allowed_words
+from engine.transfer import send
 from engine.types import InvalidRequestError, SamplingParams
 
 BITS_PER_WORD = 32
@@ -57,13 +58,17 @@ class RowEdits:
     banned_ids: np.ndarray | None
     seen: SeenTokens | None
     grammar: GrammarState | None
+    pending: bool = False  # the row's newest token is not among ``seen`` yet
 
 
-def edit_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
-    """Apply all edits to ``logits`` [N, V] in place, in the order of RowEdits' fields."""
+def edit_(logits: Tensor, edits: Sequence[RowEdits], newest: Tensor | None = None) -> None:
+    """Apply all edits to ``logits`` [N, V] in place, in the order of RowEdits' fields.
+
+    ``newest`` [N]: each row's newest token, for rows in which it is ``pending``.
+    """
     _add_biases_(logits, edits)
     _ban_(logits, edits)
-    _penalise_(logits, edits)
+    _penalise_(logits, edits, newest)
     _mask_(logits, edits)
 
 
@@ -83,7 +88,7 @@ def _add_biases_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
     biases = [(edit.row, *edit.bias) for edit in edits if edit.bias is not None]
     if biases:
         rows, ids = _entries([(row, token_ids) for row, token_ids, _ in biases], logits.device)
-        values = torch.from_numpy(np.concatenate([values for _, _, values in biases])).to(logits.device)
+        values = send(np.concatenate([values for _, _, values in biases]), logits.device)
         logits.index_put_((rows, ids), values, accumulate=True)
 
 
@@ -93,17 +98,31 @@ def _ban_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
         logits[_entries(banned, logits.device)] = -torch.inf
 
 
-def _penalise_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
-    penalised = [(edit.row, edit.seen, edit.params) for edit in edits if edit.seen is not None]
+def _penalise_(logits: Tensor, edits: Sequence[RowEdits], newest: Tensor | None) -> None:
+    """A pending token gets an entry of its own. If it had one, both write the same value."""
+    penalised = [edit for edit in edits if edit.seen is not None]
     if not penalised:
         return
     device = logits.device
-    entries = _entries([(row, seen.ids) for row, seen, _ in penalised], device)
-    counts = torch.from_numpy(np.concatenate([seen.counts for _, seen, _ in penalised])).to(device)
-    strengths = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, _, p in penalised]
-    lengths = [len(seen.ids) for _, seen, _ in penalised]
-    of_entry = torch.from_numpy(np.repeat(np.array(strengths, np.float32), lengths, axis=0)).to(device)
-    repetition, frequency, presence = of_entry.unbind(-1)
+    seen = [edit.seen for edit in penalised if edit.seen is not None]
+    lengths = [len(s.ids) for s in seen]
+    owners = np.repeat(np.arange(len(penalised)), lengths)  # of the entries, as index into ``penalised``
+    pending = np.flatnonzero([edit.pending for edit in penalised])
+    rows = np.array([edit.row for edit in penalised])
+    owner, pending_owner, row = (send(a, device) for a in (owners, pending, rows))
+    ids = send(np.concatenate([s.ids for s in seen]), device)
+    counts = send(np.concatenate([s.counts for s in seen]), device)
+    if len(pending):
+        assert newest is not None
+        latest = torch.full_like(row, -1).index_copy_(0, pending_owner, newest[row[pending_owner]].long())
+        is_latest = (ids == latest[owner]).float()
+        num_before = counts.new_zeros(len(penalised)).index_add_(0, owner, counts * is_latest)
+        counts = torch.cat((counts + is_latest, num_before[pending_owner] + 1))
+        ids, owner = torch.cat((ids, latest[pending_owner])), torch.cat((owner, pending_owner))
+    params = [edit.params for edit in penalised]
+    strengths = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
+    repetition, frequency, presence = send(np.array(strengths, np.float32), device)[owner].unbind(-1)
+    entries = row[owner], ids
     values = logits[entries]
     values = torch.where(values > 0, values / repetition, values * repetition)
     logits[entries] = values - frequency * counts - presence * (counts > 0)
@@ -114,8 +133,8 @@ def _mask_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
     if not grammars:
         return
     vocab_size, device = logits.shape[-1], logits.device
-    rows = torch.tensor([row for row, _ in grammars], device=device)
-    words = torch.from_numpy(allowed_words([grammar for _, grammar in grammars], vocab_size)).to(device)
+    rows = send(np.array([row for row, _ in grammars]), device)
+    words = send(allowed_words([grammar for _, grammar in grammars], vocab_size), device)
     bits = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=device)
     allowed = ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
     logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
@@ -125,5 +144,5 @@ def _entries(ids_of_row: Sequence[tuple[int, np.ndarray]], device: torch.device)
     """Rows and token ids of all (row, token) pairs, ready to index logits [N, V] with."""
     rows = np.repeat([row for row, _ in ids_of_row], [len(ids) for _, ids in ids_of_row])
     pairs = np.stack([rows, np.concatenate([ids for _, ids in ids_of_row])])
-    rows_dev, ids_dev = torch.from_numpy(pairs).to(device)
+    rows_dev, ids_dev = send(pairs, device)
     return rows_dev, ids_dev

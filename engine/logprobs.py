@@ -9,22 +9,38 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from engine.transfer import fetch
 from engine.types import TokenLogprob
 
 ROWS_AT_A_TIME = 256  # of a prompt: each takes the vocabulary in float32 a few times over
 
 
+class ChosenLogprobs:
+    """Of each row of ``logits`` [N, V], the log-probability of ``token_ids`` [N] and of the ``num_top`` likeliest.
+
+    Computed on the device and sent to the host without waiting for it.
+    """
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> None:
+        logprobs = logits.float().log_softmax(dim=-1)
+        top = logprobs.topk(min(max(num_top), logits.shape[-1]), dim=-1)
+        self._num_top = num_top
+        self._chosen = fetch(logprobs.gather(-1, token_ids[:, None])[:, 0])
+        self._ids, self._values = fetch(top.indices), fetch(top.values)
+
+    def read(self, token_ids: Sequence[int]) -> list[TokenLogprob]:
+        """Once the device has got so far; ``token_ids`` as known to the host."""
+        columns = (self._chosen.tolist(), self._ids.tolist(), self._values.tolist())
+        return [
+            TokenLogprob(token_id, logprob, tuple(zip(ids[:k], values[:k], strict=True)))
+            for token_id, logprob, ids, values, k in zip(token_ids, *columns, self._num_top, strict=True)
+        ]
+
+
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprob]:
-    """Of each row of ``logits`` [N, V], the log-probability of ``token_ids`` [N] and of the ``num_top`` likeliest."""
-    logprobs = logits.float().log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0].tolist()
-    top = logprobs.topk(min(max(num_top), logits.shape[-1]), dim=-1)
-    return [
-        TokenLogprob(token_id, logprob, tuple(zip(ids[:k], values[:k], strict=True)))
-        for token_id, logprob, ids, values, k in zip(
-            token_ids.tolist(), chosen, top.indices.tolist(), top.values.tolist(), num_top, strict=True
-        )
-    ]
+    """`ChosenLogprobs`, and wait for them."""
+    pending = ChosenLogprobs(logits, token_ids, num_top)
+    return pending.read(token_ids.tolist())  # which waits for the device
 
 
 class PromptLogprobs:

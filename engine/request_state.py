@@ -34,7 +34,7 @@ class RequestState:
         )
         fallback_seed = zlib.crc32(request.request_id.encode())
         self.sampling = SamplingState(params, request.prompt_ids, vocab_size, self._stop_ids, fallback_seed, grammar)
-        self.deliberate = not self.sampling.takes_argmax  # for a while at least
+        self.needs_host = self.sampling.needs_host  # for a while at least
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens
         )

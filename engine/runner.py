@@ -15,8 +15,9 @@ from engine.kv_cache.blocks import BlockManager
 from engine.logprobs import LogitRows, take_prompt_rows
 from engine.places import Places
 from engine.pool.slots import ModelSlot
-from engine.sampling import Sampled, SamplingState, sample
+from engine.sampling import Choice, Sampled, SamplingState, choose
 from engine.scheduler.scheduler import ScheduledBatch
+from engine.transfer import send
 from engine.types import Levels, TokenLogprob
 
 
@@ -96,16 +97,18 @@ class Runner:
     def _run_eagerly(
         self, rows: StepRows, levels: Levels, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None
     ) -> Callable[[], Computed]:
-        inputs = to_device(rows, self.slot.kv.block_size, levels, self.slot.device, self._newest)
+        device = self.slot.device
+        inputs = to_device(rows, self.slot.kv.block_size, levels, device, self._newest)
         output = self.slot.model.forward(inputs, self.slot.kv)
         if self.slot.counter is not None:
             self.slot.counter.end_step_()
-        dimmed_pairs = torch.zeros(len(rows.places), dtype=torch.int64, device=self.slot.device)
+        dimmed_pairs = torch.zeros(len(rows.places), dtype=torch.int64, device=device)
         dimmed_pairs.index_add_(0, inputs.sequence_of_row, output.dimmed_pairs)
-        sampled = _sample(output.logits, sampling, logit_rows)
-        places = torch.from_numpy(rows.places[rows.samples]).to(self.slot.device)
-        self._newest[places] = torch.tensor(sampled.token_ids, dtype=torch.int64, device=self.slot.device)
-        computed = Computed(sampled, dimmed_pairs.tolist())
+        places, sample_rows = (send(array, device) for array in (rows.places[rows.samples], rows.sample_rows))
+        choice = _choose(output.logits, sampling, logit_rows, inputs.token_ids[sample_rows])
+        self._newest[places] = choice.token_ids
+        token_ids = choice.token_ids.tolist()
+        computed = Computed(Sampled(token_ids, choice.logprobs(token_ids)), dimmed_pairs.tolist())
         return lambda: computed
 
     def _run_on_graphs(
@@ -113,12 +116,25 @@ class Runner:
     ) -> Callable[[], Computed]:
         graphs = self.slot.graphs
         assert graphs is not None
-        step = graphs.launch(rows, levels)
         if logit_rows is None and all(state.takes_argmax for state in sampling):
+            step = graphs.launch(rows, levels)
+            for state in sampling:
+                if not state.always_argmax:
+                    state.begin()
             return lambda: Computed(Sampled(step.token_ids(), [None] * len(sampling)), step.dimmed_pairs())
-        sampled = _sample(step.logits, sampling, logit_rows)
-        graphs.replace_newest(rows, sampled.token_ids)
-        return lambda: Computed(sampled, step.dimmed_pairs())
+        choices: list[Choice] = []
+
+        def choose_tokens(logits: Tensor, newest: Tensor) -> Tensor:
+            choices.append(_choose(logits, sampling, logit_rows, newest))
+            return choices[0].token_ids
+
+        step = graphs.launch(rows, levels, choose_tokens)
+
+        def wait() -> Computed:
+            token_ids = step.token_ids()
+            return Computed(Sampled(token_ids, choices[0].logprobs(token_ids)), step.dimmed_pairs())
+
+        return wait
 
     @torch.inference_mode()
     def time_step(self, num_tokens: int, level: int, seed: int) -> float:
@@ -140,7 +156,9 @@ class Runner:
         return time.perf_counter() - start_s
 
 
-def _sample(logits: Tensor, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None) -> Sampled:
+def _choose(
+    logits: Tensor, sampling: Sequence[SamplingState], logit_rows: Sequence[LogitRows] | None, newest: Tensor
+) -> Choice:
     if logit_rows is not None:
         logits = take_prompt_rows(logits, logit_rows)
-    return sample(logits.float(), sampling) if sampling else Sampled([], [])
+    return choose(logits.float(), sampling, newest)

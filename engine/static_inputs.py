@@ -76,6 +76,7 @@ class StaticInputs:
         self._device_layouts: dict[tuple[int, int], Layout[Tensor]] = {}
         self._turn = 0
         self.newest = self._device_buffer[: max_num_seqs + 1]
+        self._token_ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def device_layout(self, num_rows: int, num_sequences: int) -> Layout[Tensor]:
         key = num_rows, num_sequences
@@ -128,6 +129,10 @@ class StaticInputs:
         if sent is not None:
             sent.record()
 
+    def newest_of_samples(self, layout: Layout[Tensor], num_samples: int) -> Tensor:
+        """The newest token of each sequence that samples, as it was before the step. [num_samples]"""
+        return self._token_ids[layout.sample_rows[:num_samples]]
+
     def batch(self, layout: Layout[Tensor], rows: StepRows | None = None, levels: Levels | None = None) -> ForwardBatch:
         """The layout as the model reads it; without ``rows`` as decode rows only, their lengths on the device alone."""
         host_levels = None if levels is None else (levels.prefill, levels.decode)
@@ -136,7 +141,9 @@ class StaticInputs:
         if rows is not None:
             num_sequences = len(rows.places)
         return ForwardBatch(
-            token_ids=self._device_buffer[layout.sources],
+            token_ids=torch.index_select(
+                self._device_buffer, 0, layout.sources, out=self._token_ids[: len(layout.sources)]
+            ),
             positions=layout.positions,
             attention=AttentionMetadata(
                 num_decodes=num_decodes,

@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -322,6 +323,14 @@ def test_logprobs_come_with_their_tokens(model: str) -> None:
         assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))  # greedy takes the likeliest
 
 
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 2.0, "top_k": 20, "min_p": 0.01},
+    {"temperature": 0, "logprobs": 2, "min_tokens": 3},
+    {"temperature": 1.5, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": -0.2},
+]
+
+
 def test_overlapping_steps_change_nothing_but_when_outputs_come(model: str) -> None:
     """Greedy and sampled requests, stop tokens and stop strings, more requests than places."""
     answers = []
@@ -330,16 +339,24 @@ def test_overlapping_steps_change_nothing_but_when_outputs_come(model: str) -> N
         stop = tokens(run(engine, request("probe"))["probe"])[3]
         requests = [request(f"r{i}", PROMPT[i:], max_tokens=4 + i) for i in range(9)]
         requests.append(request("stopped", stop_token_ids=(stop,)))
-        requests.append(request("sampled", temperature=1.0, seed=7, repetition_penalty=1.3))
+        requests += [request(f"sampled {options}", seed=7, **options) for options in SAMPLED]
         outputs = run(engine, *requests)
         assert engine.scheduler.blocks.num_used == 0
-        answers.append({name: (tokens(out), out[-1].finish_reason, out[-1].usage) for name, out in outputs.items()})
+        answers.append(
+            {name: (tokens(out), logprobs(out), out[-1].finish_reason, out[-1].usage) for name, out in outputs.items()}
+        )
     assert answers[0] == answers[1]
 
 
-def test_overlapping_steps_are_one_ahead_of_their_outputs(model: str) -> None:
+def logprobs(outputs: list[RequestOutput]) -> list[tuple[int, float]]:
+    """Which tokens said how likely they were; a batch's size changes the last digits."""
+    return [(found.token_id, round(found.logprob, 2)) for output in outputs for found in output.logprobs or ()]
+
+
+@pytest.mark.parametrize("options", [{}, *SAMPLED], ids=str)
+def test_overlapping_steps_are_one_ahead_of_their_outputs(model: str, options: dict[str, Any]) -> None:
     engine = make_engine(model, overlap_steps=True)
-    engine.add(request(max_tokens=2))
+    engine.add(request(**options | {"max_tokens": 2, "min_tokens": 0}))
     assert [len(engine.step()) for _ in range(3)] == [0, 1, 1]
     assert not engine.has_work
 

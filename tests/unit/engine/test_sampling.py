@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.logits import edit_
-from engine.sampling import SamplingState, _truncate, sample
+from engine.sampling import SamplingState, _truncate, choose, sample
 from engine.types import InvalidRequestError, SamplingParams
 
 VOCAB = 50
@@ -162,7 +162,8 @@ def test_equal_logits_at_the_top_k_edge_keep_exactly_k():
 
 def test_rounding_drops_no_token_of_a_row_without_top_p():
     ranked = torch.tensor([[1.0, 1e-13, 1e-17]])  # 1 + 1e-13 is 1 in float32
-    kept, complete = _truncate(ranked, ranked.sum(-1, keepdim=True), [SamplingParams(top_k=2)], 3)
+    top_k, top_p = torch.tensor([[2]]), torch.tensor([[1.0]])
+    kept, complete = _truncate(ranked, ranked.sum(-1, keepdim=True), top_k, top_p, 3)
     assert torch.equal(kept, torch.tensor([[1.0, 1e-13, 0.0]]))
     assert complete.all()
 
@@ -265,3 +266,31 @@ def test_logprobs_are_the_raw_models():
 
 def test_no_rows():
     assert sample(torch.zeros(0, VOCAB), []).token_ids == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_choice_made_before_the_last_token_is_told_is_the_same(temperature):
+    """Penalties and min_tokens of a state that learns each token one choice late, from ``newest`` until then."""
+    options = [
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.8, "repetition_penalty": 0.8},
+        {"frequency_penalty": 0.3, "logit_bias": ((3, 4.0),), "min_tokens": 5},
+        {"top_p": 0.8},
+        {},
+    ]
+    told, late = (
+        [make_state((1, 2, 2), (7,), seed=i, temperature=temperature, **given) for i, given in enumerate(options)]
+        for _ in range(2)
+    )
+    chosen: list[list[int]] = []
+    for step in range(12):
+        logits = random_logits(len(options), seed=step % 3) / 2  # so that tokens come again
+        expected = sample(logits, told).token_ids
+        for state, token_id in zip(told, expected, strict=True):
+            state.append(token_id)
+        newest = torch.tensor(chosen[-1] if chosen else [0] * len(options))
+        assert choose(logits, late, newest).token_ids.tolist() == expected
+        for state, token_id in zip(late, chosen[-1] if chosen else (), strict=False):
+            state.append(token_id)
+        chosen.append(expected)
+    assert any(len(set(tokens)) < len(tokens) for tokens in zip(*chosen, strict=True))

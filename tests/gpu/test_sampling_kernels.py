@@ -1,0 +1,40 @@
+"""Truncated draws without a sort against ranking the whole vocabulary, and sampled requests on the card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.sampling import SamplingState, _Columns, _draw_among
+from engine.types import SamplingParams
+
+pytest.importorskip("triton")
+sampling_kernels = pytest.importorskip("engine.sampling_kernels")
+
+pytestmark = pytest.mark.gpu
+
+VOCAB = 700
+OPTIONS = [{"top_p": 0.3}, {"top_p": 0.999}, {"top_k": 1}, {"top_k": 40}, {"top_k": 400, "top_p": 0.6}, {"top_p": 1e-9}]
+
+
+@pytest.mark.parametrize("num_weights", [3, 5000])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_without_a_sort_equal_the_ranked_ones(
+    kernel_device: torch.device, options: dict[str, float], num_weights: int
+) -> None:
+    """Weights are multiples of 2**-13, so that sums are exact in any order; with few of them most are ties."""
+    generator = torch.Generator().manual_seed(num_weights)
+    weights = torch.randint(0, num_weights, (24, VOCAB), generator=generator).float() / 8192
+    weights[:, 11] = 1
+    states = [SamplingState(SamplingParams(**options, seed=i), (), VOCAB, frozenset(), i) for i in range(len(weights))]  # type: ignore[arg-type]
+    columns = _Columns.of(states, VOCAB, weights.device)
+    expected, complete = _draw_among(weights, weights.sum(-1, keepdim=True), columns, VOCAB)
+    assert complete.all()
+    finished = torch.arange(len(weights)) % 3 == 0
+    tokens = torch.full((len(weights),), -1)
+    tokens, finished, weights = (x.to(kernel_device) for x in (tokens, finished, weights))
+    told = (column.to(kernel_device) for column in (columns.top_k, columns.top_p, columns.draws))
+    sampling_kernels.draw_incomplete_(tokens, finished, weights, *told)
+    finished, tokens = finished.cpu(), tokens.cpu()
+    assert torch.equal(tokens[~finished], expected[~finished])
+    assert (tokens[finished] == -1).all()
