@@ -37,6 +37,9 @@ class EngineBackend:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         return self._engine.generate(request)
 
+    def num_replicas(self) -> int:
+        return 1
+
     async def info(self) -> ModelInfo:
         return self._engine.info
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controller.arbiter import ArbiterDecision, arbitrate
+from controller.arbiter import ArbiterDecision, ArbiterObservation, arbitrate
 from controller.config import ControllerConfig
 from controller.fleet import observe_fleet
 from controller.guard import GuardState, guarded_step
@@ -45,6 +45,7 @@ class ModelControl:
         self.guard = GuardState()
         self.fleet: FleetObservation | None = None
         self.plan: PlanDecision | None = None
+        self.promise: ArbiterObservation | None = None  # what a request that arrived now could expect
         self.measures: ArbiterDecision | None = None  # what the state of the promise calls for, mildest first
         self._config = config
         self._epoch = epoch
@@ -108,16 +109,17 @@ class ModelControl:
         self.guard, self._state, self.decision = guarded_step(
             self._config.guard, self.guard, self._law, self._state, self.observation, now_s
         )
-        self.measures = self._arbitrate(self.decision, now_s)
+        self.promise = self._observe_promise(self.decision, now_s)
+        self.measures = arbitrate(self.promise)
         if self.setting is not None and _same_order(self.setting.decision, self.decision):
             return None
         self._version += 1
         self.setting = Setting(self.decision, self.model_id, self._epoch, self._version, self._config.lease_s)
         return self.setting
 
-    def _arbitrate(self, decision: Decision, now_s: float) -> ArbiterDecision:
+    def _observe_promise(self, decision: Decision, now_s: float) -> ArbiterObservation:
         planner = self._config.planner
-        seen = observe_promise(
+        return observe_promise(
             {replica_id: replica.hello for replica_id, replica in self.window.replicas.items()},
             self.window.fresh(now_s),
             self.observation,
@@ -126,7 +128,6 @@ class ModelControl:
             self.plan.desired if self.plan else None,
             planner.max_replicas if planner else None,
         )
-        return arbitrate(seen)
 
     def tick_plan(self, now_s: float) -> bool:
         """Plan the fleet; whether the plan changed. Nothing is planned without a planner or before a replica came."""

@@ -8,6 +8,7 @@ Keys share one hash tag, so that a Redis cluster keeps them in one slot and one 
     {<prefix>:controller}:quality    model_id |-> what each class lost in the last hour, as JSON
     {<prefix>:controller}:decisions  the ledger's stream
     {<prefix>:controller}:plan:<model_id>  how many replicas there should be, as JSON; expires when nobody plans
+    {<prefix>:controller}:promise:<model_id>  what the arbiter saw last, as JSON, for whoever sheds; expires soon
 
 Each save writes everything, so a Redis that came back empty is whole again after one save. A controller whose epoch is
 no longer the newest writes nothing: an old life on a cut-off node cannot undo what the new one decided.
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 ALL_MODELS = "*"
 TIMEOUT_S = 1.0
 PLAN_LIFE_S = 10.0
+PROMISE_LIFE_S = 5.0  # it is written once a second
 
 _SETTING = TypeAdapter(Setting)
 _POLICY = TypeAdapter(Policy)
@@ -78,6 +80,7 @@ class ToSave:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     accounts: Mapping[str, Mapping[str, QualityAccount]] = field(default_factory=dict)
     plans: Mapping[str, str] = field(default_factory=dict)  # model_id |-> JSON
+    promises: Mapping[str, str] = field(default_factory=dict)  # model_id |-> JSON
 
 
 class SettingsStore:
@@ -145,6 +148,9 @@ class SettingsStore:
             _write_hash(transaction, self._quality_key, accounts)
             for model_id, plan in state.plans.items():
                 transaction.set(plan_key(self._key_prefix, model_id), plan, px=int(PLAN_LIFE_S * 1000))
+            for model_id, promise in state.promises.items():
+                key = promise_key(self._key_prefix, model_id)
+                transaction.set(key, promise, px=int(PROMISE_LIFE_S * 1000))
             for row in rows:
                 transaction.xadd(self._decisions_key, {"row": row}, maxlen=ledger.capacity, approximate=True)
             await transaction.execute()  # WatchError if another life claims now; the next save finds it
@@ -165,6 +171,10 @@ def controller_key(key_prefix: str) -> str:
 
 def plan_key(key_prefix: str, model_id: str) -> str:
     return f"{controller_key(key_prefix)}:plan:{model_id}"
+
+
+def promise_key(key_prefix: str, model_id: str) -> str:
+    return f"{controller_key(key_prefix)}:promise:{model_id}"
 
 
 def _ages(accounts: Mapping[str, QualityAccount], now_s: float) -> dict[str, tuple[tuple[float, float], ...]]:

@@ -89,6 +89,7 @@ class ControllerState:
             settings={c.model_id: saved for c in controls if (saved := c.to_save) is not None},
             policies=self.policies,
             accounts={c.model_id: c.guard.accounts for c in controls if c.guard.accounts},
+            promises={c.model_id: json.dumps(_finite(asdict(c.promise))) for c in controls if c.promise is not None},
             plans={c.model_id: json.dumps(_finite(asdict(c.plan))) for c in controls if c.plan is not None},
         )
 

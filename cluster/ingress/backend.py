@@ -40,6 +40,10 @@ class Backend(Protocol):
         """
         ...
 
+    def num_replicas(self) -> int:
+        """Those that take requests."""
+        ...
+
     async def info(self) -> ModelInfo:
         """What is served. ApiError (unavailable) while no replica is up."""
         ...
@@ -77,6 +81,9 @@ class ServeBackend:
                 logger.warning("replica lost", extra=fields(lost))
                 self._fleet.retire(channel)
                 raise ReplicaLostError(str(error), may_retry=self._retries.spend(time.monotonic())) from error
+
+    def num_replicas(self) -> int:
+        return len(self._fleet.channels())
 
     async def info(self) -> ModelInfo:
         if self._fleet.info is None:

@@ -12,8 +12,12 @@ from ray.serve.handle import DeploymentHandle
 from cluster.admission.config import AdmissionSection
 from cluster.admission.key_store import key_stores
 from cluster.admission.key_watch import KeyWatch
+from cluster.admission.promises import PromiseReader
+from cluster.admission.rates import TenantRates
+from cluster.admission.shared import SharedBuckets
 from cluster.config import ClusterConfig, key_prefix, resolve_path
 from cluster.ingress.admin import ControllerAdmin
+from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Authenticator
 from cluster.ingress.backend import ServeBackend
 from cluster.ingress.routes import create_api
@@ -40,6 +44,7 @@ class Ingress:
             ingress_id=context.replica_id.unique_id,
             admin=ControllerAdmin(context.app_name),
             auth=_authenticator(config, context.app_name),
+            admission=_admission(configs, context.app_name),
         )
         gc.freeze()  # a collection that walks over all imported code would hold up every stream
 
@@ -51,6 +56,16 @@ def _authenticator(config: ClusterConfig, app_name: str) -> Authenticator:
     admission = config.admission or AdmissionSection()
     stores = key_stores(admission, config.resolved_redis_url, key_prefix(app_name))
     return Authenticator(admission, KeyWatch(stores) if stores else None, config.ingress.admin_token)
+
+
+def _admission(configs: Sequence[ClusterConfig], app_name: str) -> Admission | None:
+    config = configs[0]
+    if config.admission is None:
+        return None
+    url, prefix, num_ingress = config.resolved_redis_url(), key_prefix(app_name), config.ingress.num_replicas
+    slo_ttft_s = {of_model.model.served_name: of_model.slo.ttft_s for of_model in configs}
+    rates = TenantRates(SharedBuckets(url, prefix), num_ingress)
+    return Admission(config.admission, num_ingress, slo_ttft_s, rates, PromiseReader(url, prefix, list(slo_ttft_s)))
 
 
 def _served(config: ClusterConfig, engines: DeploymentHandle, app_name: str) -> ServedModel:

@@ -27,6 +27,12 @@ class Outcome(Enum):
     SLOW_BODY = ("slow_body", 408, "invalid_request_error", "request_timeout")
     TOO_LARGE = ("too_large", 413, "invalid_request_error", "request_too_large")
     HEADERS_TOO_LARGE = ("headers_too_large", 431, "invalid_request_error", "headers_too_large")
+    OVER_BUDGET = ("over_budget", 422, "invalid_request_error", "tokens_exceed_budget")  # however long it waits
+    RATE_REQUESTS = ("rate_requests", 429, "requests", "rate_limit_exceeded")
+    RATE_TOKENS = ("rate_tokens", 429, "tokens", "rate_limit_exceeded")
+    QUEUE_FULL = ("queue_full", 429, "requests", "concurrency_limit_exceeded")
+    SHED = ("shed", 503, "overloaded_error", "shed")
+    QUEUE_TIMEOUT = ("queue_timeout", 503, "overloaded_error", "queue_timeout")
     BUSY = ("busy", 503, "overloaded_error", "overloaded")
     UNAVAILABLE = ("unavailable", 503, "overloaded_error", "no_replica")
     REPLICA_LOST = ("replica_lost", 500, "server_error", "replica_lost")

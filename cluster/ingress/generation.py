@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 
+from cluster.ingress.admission import Admission, Permit
 from cluster.ingress.chat_responses import ChatEndpoint
 from cluster.ingress.chat_schemas import ChatBody
 from cluster.ingress.completion_responses import CompletionEndpoint
-from cluster.ingress.errors import Outcome, json_response
+from cluster.ingress.errors import ApiError, Outcome, json_response
 from cluster.ingress.jobs import Job, make_job
 from cluster.ingress.responses import Choice, Endpoint, usage_object
 from cluster.ingress.schemas import CompletionBody, GenerationBody, StreamOptions, parse_body
@@ -21,10 +22,11 @@ from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.stream import EventStreamResponse, UsageEvents, generate_all, sse_events, without_answer
 from cluster.ingress.tool_calls import ToolCallParser
 from cluster.ingress.visit import Visit
-from engine.types import RequestOutput
+from engine.types import ModelInfo, RequestOutput
 
 LEVEL_HEADER, SHARE_HEADER, SETTING_HEADER = "x-brownout-level", "x-brownout-share", "x-brownout-setting"
 IGNORED_HEADER = "x-ignored-fields"
+MAX_WAIT_HEADER = "x-max-wait-ms"
 MAX_IGNORED_NAMED = 32
 MAX_NAME_CHARACTERS = 64
 
@@ -73,6 +75,9 @@ class Generation:
         job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent, limits)
         visit.begin(job.requests, bool(body.stream))
         headers = self._ignored(body)
+        if service.admission is not None:
+            job, permit = await admitted(service.admission, visit, model, info, job, request.headers)
+            headers |= permit.headers
         if body.stream:
             return await self._streamed(visit, job, body, model, headers)
         return await self._whole(visit, job, body, model, headers)
@@ -85,7 +90,7 @@ class Generation:
             async for index, output in outputs:
                 choices[index].take(output)
         usage = usage_object(choices, job.num_choices_per_prompt)
-        visit.note_answer(choices)
+        visit.note_answer(choices, job.num_choices_per_prompt)
         answer = self._shape(visit, job, body, model).response(choices, usage)
         visit.leave(Outcome.OK)
         brownout = usage["brownout"]
@@ -113,11 +118,11 @@ class Generation:
 
         async def end(outcome: Outcome) -> None:
             await outputs.aclose()
-            visit.note_answer(choices)
+            visit.note_answer(choices, job.num_choices_per_prompt)
             visit.leave(outcome)  # unless the stream has said how it ended
 
         def on_outcome(outcome: Outcome) -> None:
-            visit.note_answer(choices)
+            visit.note_answer(choices, job.num_choices_per_prompt)
             visit.leave(outcome)
 
         choices = _choices(job)
@@ -137,7 +142,7 @@ class Generation:
         outputs = generate_all(
             model.backend,
             job.requests,
-            visit.arrived_s,
+            visit.counted_from_s,
             self._service.config.idle_timeout_s,
             job.num_choices_per_prompt,
             visit.arrived_s + self._service.config.max_stream_s,
@@ -162,6 +167,35 @@ class Generation:
         names = [name[:MAX_NAME_CHARACTERS] for name in body.unknown_fields]
         self._service.counter.count_unknown_fields(self.route.name, names)
         return {IGNORED_HEADER: ", ".join(map(quote, names[:MAX_IGNORED_NAMED]))} if names else {}
+
+
+async def admitted(
+    admission: Admission, visit: Visit, model: ServedModel, info: ModelInfo, job: Job, headers: Mapping[str, str]
+) -> tuple[Job, Permit]:
+    """The job once it may go to the engines. Priorities order a tenant's own queue; the engines see none of them."""
+    permit = await admission.admit(
+        visit.tenant,
+        model.name,
+        model.backend.num_replicas,
+        info.max_num_seqs,
+        job.requests,
+        job.num_choices_per_prompt,
+        visit.arrived_s,
+        max_wait_s(headers),
+    )
+    visit.take(permit)
+    requests = tuple(replace(request, priority=0) if request.priority else request for request in job.requests)
+    return replace(job, requests=requests), permit
+
+
+def max_wait_s(headers: Mapping[str, str]) -> float | None:
+    """How long the client is ready to wait for a place, if it says so. Raises ApiError."""
+    given = headers.get(MAX_WAIT_HEADER)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and 0 < int(given) < 10**9):
+        raise ApiError(Outcome.INVALID, f"{MAX_WAIT_HEADER} must be a number of milliseconds", MAX_WAIT_HEADER)
+    return int(given) / 1000
 
 
 def _choices(job: Job) -> list[Choice]:

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.ingress.admission import Admission
+from cluster.ingress.admission_metrics import admission_metrics
 from cluster.ingress.errors import Outcome
 from cluster.reports import ReplicaReport
 from engine.types import Phase
@@ -73,10 +75,19 @@ class RequestCounter:
         return [(endpoint, outcome, count) for (endpoint, outcome), count in sorted(self._counts.items(), key=str)]
 
 
-def render(reports: Sequence[ReplicaReport], requests: RequestCounter, num_held: int, ingress_id: str) -> bytes:
+def render(
+    reports: Sequence[ReplicaReport],
+    requests: RequestCounter,
+    num_held: int,
+    ingress_id: str,
+    admission: Admission | None = None,
+) -> bytes:
     """``num_held``: API requests that this ingress serves now."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page([*_replica_metrics(reports), *_ingress_metrics(requests, num_held, ingress_id)]))
+    metrics = [*_replica_metrics(reports), *_ingress_metrics(requests, num_held, ingress_id)]
+    if admission is not None:
+        metrics += admission_metrics(admission, PREFIX + "admission_", ingress_id)
+    registry.register(_Page(metrics))
     return generate_latest(registry)
 
 

@@ -32,7 +32,7 @@ class Operation:
     streams: bool = False
 
 
-POSTED = (400, 401, 403, 404, 408, 413, 431, 500, 503)
+POSTED = (400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503)
 UNKNOWN_KEY = (401, 503)
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Chat", answers.ChatCompletion, ChatBody, POSTED, streams=True),
@@ -80,8 +80,8 @@ def _describe(operation: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]
         responses["503"] = {"description": "No replica answers", "content": content}
     for status in operation.refusals:
         responses[str(status)] = {"description": "Refused", "content": _json(schema_of[answers.ErrorAnswer])}
-        if status == 503:
-            responses["503"]["headers"] = SHED
+        if status in (429, 503):
+            responses[str(status)]["headers"] = SHED
     described["responses"] = responses
     return described
 

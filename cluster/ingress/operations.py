@@ -37,7 +37,7 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
         except ApiError as error:
             return error_response(error)
         reports = await service.reports()
-        page = render(reports, service.counter, service.concurrency.num_held, service.ingress_id)
+        page = render(reports, service.counter, service.concurrency.num_held, service.ingress_id, service.admission)
         return Response(page, media_type=METRICS_TYPE)
 
     @api.get("/v1/models")

@@ -15,6 +15,7 @@ from cluster.admission.config import AdmissionSection
 from cluster.admission.tenants import Tenant
 from cluster.config import IngressSection
 from cluster.ingress.admin import BrownoutAdmin
+from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Access, Authenticator
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_error
@@ -41,7 +42,7 @@ class ServedModel:
 class OpenAIService:
     """Serves ``models``. ``admin`` steers brownout; without one, the endpoint for it says that there is none.
 
-    ``auth`` names the tenants; without one, everybody is the same.
+    ``auth`` names the tenants; without one, everybody is the same. ``admission`` is where they wait; None: nowhere.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class OpenAIService:
         ingress_id: str,
         admin: BrownoutAdmin | None = None,
         auth: Authenticator | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.models = {model.name: model for model in models}
         self.config = config
         self.ingress_id = ingress_id
         self.admin = admin
         self.auth = auth or Authenticator(AdmissionSection(), None, config.admin_token)
+        self.admission = admission
         self.concurrency = ConcurrencyLimit(config.max_concurrent)
         self.counter = RequestCounter()
         self.stalls = StallWatch(config.send_timeout_s)
@@ -74,7 +77,7 @@ class OpenAIService:
 
         ``handle`` leaves the visit itself when its answer goes on after it has returned.
         """
-        visit = Visit(self.concurrency, self.counter, endpoint, request.headers)
+        visit = Visit(self.concurrency, self.counter, endpoint, request.headers, self.admission)
         try:
             check_headers(request.headers.raw, self.config.max_header_bytes)
             if access is Access.TENANT:

@@ -50,6 +50,7 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
         return await service.answer(request, "detokenize", handle_detokenize)
 
     async def handle_tokenize(request: Request, visit: Visit) -> Response:
+        headers = await _take_rate(service, visit)
         raw = await service.read_body(request)
         body = parse_body(TokenizeBody, raw)
         model = service.model(body.model, visit.tenant)
@@ -63,9 +64,10 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
         visit.leave(Outcome.OK)
         texts = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
         answer = {"count": len(ids), "max_model_len": info.max_model_len, "tokens": list(ids), "token_strs": texts}
-        return json_response(answer)
+        return json_response(answer, headers=headers)
 
     async def handle_detokenize(request: Request, visit: Visit) -> Response:
+        headers = await _take_rate(service, visit)
         body = parse_body(DetokenizeBody, await service.read_body(request))
         tokenizer = service.model(body.model, visit.tenant).tokenizer
         if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
@@ -75,4 +77,9 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
                 "tokens",
             )
         visit.leave(Outcome.OK)
-        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}, headers=headers)
+
+
+async def _take_rate(service: OpenAIService, visit: Visit) -> dict[str, str]:
+    """These cost no engine anything, but they are requests."""
+    return {} if service.admission is None else await service.admission.take_rate(visit.tenant)

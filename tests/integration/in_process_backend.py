@@ -19,6 +19,9 @@ class InProcessBackend:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         return self.engine.generate(request)
 
+    def num_replicas(self) -> int:
+        return 1
+
     async def info(self) -> ModelInfo:
         return self.engine.info
 
