@@ -148,6 +148,7 @@ def attention_ms(num_sequences: int, context: int, num_heads: int = 16, block_si
     for backend in decode_backends(block_size):
 
         def run(backend: DecodeBackend = backend) -> None:
+            backend.begin_step()
             for keys, values in pools:
                 backend.decode(queries, keys, values, metadata)
 

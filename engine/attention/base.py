@@ -17,6 +17,10 @@ class DecodeBackend(Protocol):
     name: str
     graphable: bool  # reads lengths from the device only, so that a CUDA graph can hold it
 
+    def begin_step(self) -> None:
+        """Called before the first layer's ``decode``: what one layer works out the others of the step may keep."""
+        return
+
     def decode(
         self,
         queries: Tensor,  # [num_decodes, num_heads, head_dim]
@@ -41,6 +45,10 @@ class Attention:
 
     decode_backend: DecodeBackend
     prefill_backend: PrefillBackend
+
+    def begin_step(self) -> None:
+        """Before the first layer of a step."""
+        self.decode_backend.begin_step()
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
         """[T, num_heads, head_dim] -> [T, num_heads, head_dim]"""

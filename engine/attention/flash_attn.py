@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.attention.base import DecodeBackend
 from engine.batch import AttentionMetadata
 
 PAGE_MULTIPLE = 256
 
 
-class FlashAttention:
+class FlashAttention(DecodeBackend):
     name = "flash_attn"
     graphable = True
 

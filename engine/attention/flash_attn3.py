@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from engine.attention.base import DecodeBackend
 from engine.batch import AttentionMetadata
 
 
-class FlashAttention3:
+class FlashAttention3(DecodeBackend):
     name = "flash_attn3"
     graphable = True
 

@@ -1,96 +1,172 @@
 """Paged decode attention in Triton: one new row per sequence, any page size, sequences of any length in one graph.
 
-Twin of engine.attention.sdpa for decode rows. A program takes the queries that share one KV head and one part of the
-context; with several parts a second launch joins them.
+Twin of engine.attention.sdpa for decode rows. Contexts differ much in length, and one long one must not keep the card
+waiting: once per step a plan cuts those longer than a common limit, the least for which the parts are few enough. A
+program takes one part and the queries that share one KV head; the last one of a sequence to end joins its parts.
+
+Legend: N sequences, P parts, H query heads, K KV heads.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.attention.base import DecodeBackend
 from engine.batch import AttentionMetadata
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 
 TILE_TOKENS = 32
 MIN_DOT_ROWS = 16
 WANTED_PROGRAMS_PER_CORE = 4
-MAX_PARTS = 8
+MAX_EVEN_PARTS = 8
+SPARE_PARTS = 32  # for contexts longer than others; or, if more, a quarter as many as sequences
+SEARCH_STEPS = 16  # contexts of up to 2 ** 16 tiles
+PART_COLUMNS = 4  # of a plan: sequence, first token, end, parts of the sequence (0: nothing to do)
 
 
-class PagedDecodeAttention:
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How the contexts of a step are cut, the same in all its layers. Written on the device."""
+
+    parts: Tensor  # [P, PART_COLUMNS] int32; a sequence's parts are neighbours
+    first_parts: Tensor  # [N] int32
+    arrived: Tensor  # [N, K] int32, zero between launches
+
+
+class PagedDecodeAttention(DecodeBackend):
     name = "paged_decode"
     graphable = True
 
     def __init__(self, device: torch.device) -> None:
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
+        self._plan: DecodePlan | None = None
+
+    def begin_step(self) -> None:
+        """The next call of ``decode`` is the first of a step."""
+        self._plan = None
 
     def decode(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
-        num_sequences = len(queries)
-        table = metadata.block_table[:num_sequences]
-        parts = num_parts(num_sequences, keys.shape[2], table.shape[1] * keys.shape[1], self._num_cores)
-        return paged_decode(queries, keys, values, table, metadata.context_lens_dev, parts)
+        num_sequences, num_kv_heads = len(queries), keys.shape[2]
+        first = self._plan is None
+        even = even_parts(num_sequences, num_kv_heads, self._num_cores)
+        if self._plan is None:
+            self._plan = plan(metadata.context_lens_dev[:num_sequences], num_kv_heads, max_parts(num_sequences, even))
+        return paged_decode(queries, keys, values, metadata.block_table, self._plan, 4 if even > 1 else 1, first)
 
 
-def num_parts(num_sequences: int, num_kv_heads: int, max_context: int, num_cores: int) -> int:
-    """Into how many parts each context is cut so that the card is full; 1 when the sequences alone fill it."""
+def even_parts(num_sequences: int, num_kv_heads: int, num_cores: int) -> int:
+    """Into how many parts contexts of one length are cut so that the card is full; 1 when they fill it whole."""
     wanted = triton.cdiv(WANTED_PROGRAMS_PER_CORE * num_cores, num_sequences * num_kv_heads)
-    return max(1, min(wanted, MAX_PARTS, triton.cdiv(max_context, TILE_TOKENS)))
+    return max(1, min(wanted, MAX_EVEN_PARTS))
+
+
+def max_parts(num_sequences: int, even: int) -> int:
+    """P of a step."""
+    return num_sequences * even + max(SPARE_PARTS, num_sequences // 4)
+
+
+def plan(context_lens: Tensor, num_kv_heads: int, num_parts: int) -> DecodePlan:
+    """Cut contexts [N] int32, each of at least one token, into at most ``num_parts`` >= N parts."""
+    num_sequences, device = len(context_lens), context_lens.device
+    parts = torch.empty(num_parts, PART_COLUMNS, dtype=torch.int32, device=device)
+    first_parts = torch.empty_like(context_lens)
+    arrived = torch.zeros(num_sequences, num_kv_heads, dtype=torch.int32, device=device)
+    _plan_kernel[(1,)](
+        context_lens, parts, first_parts, num_sequences, num_parts,
+        TILE=TILE_TOKENS, STEPS=SEARCH_STEPS, COLUMNS=PART_COLUMNS, BLOCK_N=triton.next_power_of_2(num_sequences),
+        BLOCK_P=triton.next_power_of_2(num_parts), num_warps=4, **launch_options(device),
+    )  # fmt: skip
+    return DecodePlan(parts, first_parts, arrived)
 
 
 def paged_decode(
-    queries: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, context_lens: Tensor, parts: int
+    queries: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, plan: DecodePlan, num_warps: int, first: bool
 ) -> Tensor:
-    """[N, H, head_dim] queries over [num_blocks, block_size, num_kv_heads, head_dim] pages -> [N, H, head_dim].
+    """[N, H, head_dim] queries over [num_blocks, block_size, K, head_dim] pages -> [N, H, head_dim].
 
-    ``block_table`` [N, >= blocks of the longest context] and ``context_lens`` [N] are int32; a context has at least
-    one token.
+    ``block_table`` [>= N, >= blocks of the longest context] int32. ``first``: the plan was launched just before.
     """
     num_sequences, num_heads, head_dim = queries.shape
     block_size, num_kv_heads = keys.shape[1:3]
-    group = num_heads // num_kv_heads
+    num_parts, group = len(plan.parts), num_heads // num_kv_heads
     out = queries.new_empty(num_sequences, num_heads, head_dim)
-    wide = queries.new_empty(num_sequences, num_heads, parts, head_dim, dtype=torch.float32) if parts > 1 else out
-    log_sums = queries.new_empty(num_sequences, num_heads, parts, dtype=torch.float32)
-    options = launch_options(queries.device)
-    _paged_decode_kernel[(num_sequences, num_kv_heads, parts)](
-        queries, keys, values, block_table, context_lens, wide, log_sums,
+    wide = queries.new_empty(num_parts, num_heads, head_dim, dtype=torch.float32)
+    log_sums = queries.new_empty(num_parts, num_heads, dtype=torch.float32)
+    # The plan is read before the wait, when only older kernels are sure to have ended: behind it, no early start.
+    options = {"DEPENDENT": False} if first else launch_options(queries.device)
+    _paged_decode_kernel[(num_parts, num_kv_heads)](
+        queries, keys, values, block_table, plan.parts, plan.first_parts, plan.arrived, out, wide, log_sums,
         queries.stride(0), block_table.stride(0), num_kv_heads, head_dim**-0.5,
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=TILE_TOKENS, num_warps=4 if parts > 1 else 1, num_stages=3, **options,
+        TILE=TILE_TOKENS, COLUMNS=PART_COLUMNS, num_warps=num_warps, num_stages=3, **options,
     )  # fmt: skip
-    if parts > 1:
-        _join_kernel[(num_sequences * num_heads,)](
-            wide, log_sums, out,
-            PARTS=parts, BLOCK=triton.next_power_of_2(parts), HEAD_DIM=head_dim, num_warps=1, **options,
-        )  # fmt: skip
     return out
 
 
 @triton.jit
-def _paged_decode_kernel(
-    queries_ptr, keys_ptr, values_ptr, table_ptr, context_lens_ptr, out_ptr, log_sums_ptr,
-    query_stride, table_stride, num_kv_heads, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+def _plan_kernel(
+    context_lens_ptr, parts_ptr, first_parts_ptr, num_sequences, num_parts,
+    TILE: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_parts = tl.num_programs(2)
-    context_len = tl.load(context_lens_ptr + sequence)
-    part_len = tl.cdiv(tl.cdiv(context_len, TILE), num_parts) * TILE
-    start = part * part_len
-    end = tl.minimum(start + part_len, context_len)
+    wait_for_inputs(DEPENDENT)
+    sequences = tl.arange(0, BLOCK_N)
+    inside = sequences < num_sequences
+    context_lens = tl.load(context_lens_ptr + sequences, mask=inside, other=0)
+    tiles = tl.cdiv(context_lens, TILE)
+    low, high = 1, tl.max(tiles, axis=0)
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        fits = tl.sum(tl.cdiv(tiles, middle), axis=0) <= num_parts
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, tl.minimum(middle + 1, high))
+    counts = tl.cdiv(tiles, high)
+    ends = tl.cumsum(counts, axis=0)
+    firsts = ends - counts
+    tl.store(first_parts_ptr + sequences, firsts, mask=inside)
+    parts = tl.arange(0, BLOCK_P)
+    unused = (parts >= tl.sum(counts, axis=0)) & (parts < num_parts)
+    tl.store(parts_ptr + parts * COLUMNS + 3, 0, mask=unused)
+    for part in range(tl.max(counts, axis=0)):
+        cut = inside & (part < counts)
+        at = parts_ptr + (firsts + part) * COLUMNS
+        start = part * high * TILE
+        tl.store(at, sequences, mask=cut)
+        tl.store(at + 1, start + tl.zeros_like(context_lens), mask=cut)
+        tl.store(at + 2, tl.minimum(start + high * TILE, context_lens), mask=cut)
+        tl.store(at + 3, counts, mask=cut)
+
+
+@triton.jit
+def _paged_decode_kernel(
+    queries_ptr, keys_ptr, values_ptr, table_ptr, parts_ptr, first_parts_ptr, arrived_ptr, out_ptr, wide_ptr,
+    log_sums_ptr, query_stride, table_stride, num_kv_heads, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    part, kv_head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(parts_ptr + part * COLUMNS)
+    start = tl.load(parts_ptr + part * COLUMNS + 1)
+    end = tl.load(parts_ptr + part * COLUMNS + 2)
+    num_parts = tl.load(parts_ptr + part * COLUMNS + 3)
+    if num_parts == 0:
+        return
 
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD_DIM)
     offsets = tl.arange(0, TILE)
+    num_heads = num_kv_heads * GROUP
     head = kv_head * GROUP + rows
+    of_group = (rows < GROUP)[:, None]
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
     queries_at = queries_ptr + sequence.to(tl.int64) * query_stride + head[:, None] * HEAD_DIM + columns[None, :]
-    queries = tl.load(queries_at, mask=(rows < GROUP)[:, None], other=0.0)
+    queries = tl.load(queries_at, mask=of_group, other=0.0)
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
@@ -110,26 +186,34 @@ def _paged_decode_kernel(
         total = total * shrink + tl.sum(shares, axis=1)
         out = tl.dot(shares.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
         best = new_best
-    out = out / tl.where(total > 0, total, 1.0)[:, None]  # a short context leaves its last parts empty
-    target = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_parts + part
-    tl.store(log_sums_ptr + target, best + tl.log(total), mask=rows < GROUP)
-    out_at = out_ptr + target[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=(rows < GROUP)[:, None])
+    out = out / total[:, None]
+    in_heads = head[:, None] * HEAD_DIM + columns[None, :]
+    out_at = out_ptr + sequence.to(tl.int64) * num_heads * HEAD_DIM + in_heads
+    if num_parts == 1:
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=of_group)
+        return
 
-
-@triton.jit
-def _join_kernel(
-    wide_ptr, log_sums_ptr, out_ptr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    wait_for_inputs(DEPENDENT)
-    let_next_start(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    parts = tl.arange(0, BLOCK)
-    columns = tl.arange(0, HEAD_DIM)
-    log_sums = tl.load(log_sums_ptr + row * PARTS + parts, mask=parts < PARTS, other=float("-inf"))
-    shares = tl.exp(log_sums - tl.max(log_sums, axis=0))
-    wide_at = wide_ptr + (row * PARTS + parts[:, None]) * HEAD_DIM + columns[None, :]
-    wide = tl.load(wide_at, mask=(parts < PARTS)[:, None], other=0.0)
-    out = tl.sum(wide * shares[:, None], axis=0) / tl.sum(shares, axis=0)
-    tl.store(out_ptr + row * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty))
+    tl.store(wide_ptr + part.to(tl.int64) * num_heads * HEAD_DIM + in_heads, out, mask=of_group)
+    tl.store(log_sums_ptr + part * num_heads + head, best + tl.log(total), mask=rows < GROUP)
+    tl.debug_barrier()  # all threads' stores lie before the count, which publishes them
+    arrived_at = arrived_ptr + sequence * num_kv_heads + kv_head
+    if tl.atomic_add(arrived_at, 1, sem="acq_rel") == num_parts - 1:
+        first_part = tl.load(first_parts_ptr + sequence)
+        best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+        for index in range(num_parts):
+            other = first_part + index
+            log_sum = tl.load(
+                log_sums_ptr + other * num_heads + head, mask=rows < GROUP, other=0.0, cache_modifier=".cg"
+            )
+            wide_at = wide_ptr + other.to(tl.int64) * num_heads * HEAD_DIM + in_heads
+            wide = tl.load(wide_at, mask=of_group, other=0.0, cache_modifier=".cg")
+            new_best = tl.maximum(best, log_sum)
+            shrink = tl.exp(best - new_best)
+            share = tl.exp(log_sum - new_best)
+            total = total * shrink + share
+            out = out * shrink[:, None] + wide * share[:, None]
+            best = new_best
+        tl.store(out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=of_group)
+        tl.store(arrived_at, 0)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention.base import DecodeBackend
 from engine.batch import AttentionMetadata
 
 
-class SdpaAttention:
+class SdpaAttention(DecodeBackend):
     name = "sdpa"
     graphable = False
 

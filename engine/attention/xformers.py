@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.attention.base import DecodeBackend
 from engine.batch import AttentionMetadata
 
 PAGE_MULTIPLE = 64
 
 
-class XformersDecode:
+class XformersDecode(DecodeBackend):
     name = "xformers"
     graphable = True
 

@@ -116,7 +116,9 @@ class Decoder:
         return hidden, self._queries(0, hidden, batch, kv)
 
     def attend(self, index: int, queries: Tensor, batch: ForwardBatch, kv: KvStorage) -> Tensor:
-        """[T, num_heads, head_dim] -> [T, num_heads, head_dim]"""
+        """[T, num_heads, head_dim] -> [T, num_heads, head_dim]; layers in order, the first one begins the step."""
+        if index == 0:
+            self._attention.begin_step()
         return self._attention.forward(queries, kv.keys[index], kv.values[index], batch.attention)
 
     def advance(

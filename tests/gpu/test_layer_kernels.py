@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.attention.paged_decode import paged_decode
+from engine.attention.paged_decode import TILE_TOKENS, paged_decode, plan
 from engine.attention.sdpa import SdpaAttention
 from engine.batch import AttentionMetadata
 from engine.kv_cache.storage import KvStorage
@@ -104,11 +104,28 @@ def test_argmax_takes_the_first_of_equals(kernel_device: torch.device) -> None:
     assert fused.argmax(logits).tolist() == [9_000, 0, 100]
 
 
+@pytest.mark.parametrize("num_parts", [5, 6, 9, 40])
+def test_a_decode_plan_covers_every_context_with_the_least_limit(kernel_device: torch.device, num_parts: int) -> None:
+    lens = (1, 63, 64, 129, 1000)
+    planned = plan(torch.tensor(lens, dtype=torch.int32, device=kernel_device), 2, num_parts)
+    tiles = [-(-length // TILE_TOKENS) for length in lens]
+    limit = min(n for n in range(1, max(tiles) + 1) if sum(-(-count // n) for count in tiles) <= num_parts)
+    expected = [
+        [sequence, start, min(start + limit * TILE_TOKENS, length), -(-count // limit)]
+        for sequence, (length, count) in enumerate(zip(lens, tiles, strict=True))
+        for start in range(0, length, limit * TILE_TOKENS)
+    ]
+    assert planned.parts[: len(expected)].tolist() == expected
+    assert not planned.parts[len(expected) :, 3].any()
+    firsts = [[row[0] for row in expected].index(sequence) for sequence in range(len(lens))]
+    assert planned.first_parts.tolist() == firsts
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2)])
 @pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("num_parts", "num_warps"), [(5, 1), (8, 1), (20, 4)])
 def test_paged_decode_equals_sdpa(
-    kernel_device: torch.device, num_heads: int, num_kv_heads: int, block_size: int, parts: int
+    kernel_device: torch.device, num_heads: int, num_kv_heads: int, block_size: int, num_parts: int, num_warps: int
 ) -> None:
     lens = (1, 63, 64, 129, 200)
     width = -(-max(lens) // block_size)
@@ -127,5 +144,7 @@ def test_paged_decode_equals_sdpa(
     )
     queries = draw(len(lens), num_heads, 64, device=kernel_device)
     expected = SdpaAttention().decode(queries, keys, values, metadata)
-    out = paged_decode(queries, keys, values, metadata.block_table, metadata.context_lens_dev, parts)
-    torch.testing.assert_close(out, expected)
+    planned = plan(metadata.context_lens_dev, num_kv_heads, num_parts)
+    for layer in range(2):  # the counts of parts that arrived must be back at zero for the second
+        out = paged_decode(queries, keys, values, metadata.block_table, planned, num_warps, first=layer == 0)
+        torch.testing.assert_close(out, expected)
