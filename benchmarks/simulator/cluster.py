@@ -24,6 +24,7 @@ from controller.reports import Hello
 from controller.types import Setting, Slo
 from controller.wire import read_window, write_setting
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SloConfig
+from engine.step_time import StepTimeModel
 from engine.types import BrownoutSetting
 from engine.wire import setting_from_proto, window_to_proto
 
@@ -43,15 +44,20 @@ class Outcome:
 
 
 class SimulatedCluster:
-    """One run: build it, ``run`` it, read the outcome."""
+    """One run: build it, ``run`` it, read the outcome.
 
-    def __init__(self, scenario: ScenarioFile, policy: Policy, seed: int) -> None:
+    ``profile``: what the governors believe at first; default: what profiling the plant would tell them.
+    """
+
+    def __init__(
+        self, scenario: ScenarioFile, policy: Policy, seed: int, profile: StepTimeModel | None = None
+    ) -> None:
         self._scenario = scenario
         self._events = EventLoop()
         self._draw = random.Random(seed).random
         config = engine_config(scenario)
         loss = tuple(level.loss for level in scenario.plant.levels)
-        self._profile = profile_of(Plant(scenario.plant), config, scenario.profile_error)
+        self._profile = profile or profile_of(Plant(scenario.plant), config, scenario.profile_error)
         speeds = scenario.fleet.speeds
         self._replicas = [
             SimulatedReplica(

@@ -1,8 +1,8 @@
 """Is the simulator right? The same arrivals through a live CPU engine and through the simulator.
 
-The engine runs in this process with the demo's configuration. The steps of a first live run fit the plant; a second
-live run, of another seed, is compared with the simulator. One setting governs both, without a controller, so that
-nothing but the step times differs. The live engine runs on the CPU time of this process and skips what would be idle:
+The engine runs in this process with the demo's configuration. The steps of a first live run, in which the levels take
+turns, fit the plant; a second live run, of another seed, is compared with the simulator. One setting governs both,
+without a controller, and both governors begin with the plant's step times, so that nothing but the steps differs. The live engine runs on the CPU time of this process and skips what would be idle:
 neighbours on the machine take its time away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every
 thread.
 """
@@ -44,6 +44,7 @@ from engine.types import BrownoutSetting, GenerationRequest, Levels, PhaseSettin
 SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
 MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
 MIN_STEPS = 20  # that a level must have run before its times are its own
+STEPS_PER_LEVEL = 5  # before the next level has its turn
 KNEE = 16  # tokens of a step
 TOKEN_COUNTS = (1, KNEE, 4 * KNEE)
 
@@ -85,20 +86,33 @@ class LiveRun:
     loss_nats: float
 
 
+def governed(engine: Engine) -> BrownoutSetting:
+    """What the law decides throughout when its margins never shift."""
+    top, slo = engine.info.num_levels - 1, engine.config.slo
+    return BrownoutSetting(
+        prefill=PhaseSetting(0, top, slo.ttft_s, MARGINS["ttft_margin"]),
+        decode=PhaseSetting(0, top, slo.tpot_s, MARGINS["tpot_margin"]),
+        law="predictive",
+    )
+
+
 def run_live(
-    engine: Engine, clock: CpuClock, traffic: Traffic, loss: Sequence[float], seed: int, progress: Progress
+    engine: Engine,
+    clock: CpuClock,
+    traffic: Traffic,
+    loss: Sequence[float],
+    seed: int,
+    progress: Progress,
+    each_level: bool = False,
 ) -> LiveRun:
-    """Plays the traffic on the engine's clock; requests enter between two steps, as in serving."""
+    """Plays the traffic on the engine's clock; requests enter between two steps, as in serving.
+
+    ``each_level``: instead of being governed, each level runs STEPS_PER_LEVEL steps in turn.
+    """
     rng = np.random.default_rng(seed)
     top = engine.info.num_levels - 1
     slo = engine.config.slo
-    engine.apply_setting(
-        BrownoutSetting(
-            prefill=PhaseSetting(0, top, slo.ttft_s, MARGINS["ttft_margin"]),
-            decode=PhaseSetting(0, top, slo.tpot_s, MARGINS["tpot_margin"]),
-            law="predictive",
-        )
-    )
+    engine.apply_setting(governed(engine))
     promise = PhaseSetting(0, top, slo.ttft_s, 1.0)
     prompts = [draw_prompt(r.num_prompt, engine.info.vocab_size, rng) for r in traffic.requests]
     pending = list(enumerate(traffic.requests))[::-1]
@@ -120,6 +134,8 @@ def run_live(
         if not engine.has_work:
             clock.skip_to(start_s + pending[-1][1].at_s)
             continue
+        if each_level:
+            engine.apply_setting(BrownoutSetting.pinned(len(steps) // STEPS_PER_LEVEL % engine.info.num_levels))
         outputs = engine.step()
         ended_s = clock() - start_s
         level, seen = engine.brownout.levels.peak, engine.brownout.observation
@@ -231,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
         scenario = scenario_of(config, profile, loss, Path(folder))
         first = build_traffic(scenario, arguments.load_req_s, seed + 1)
-        plant = fitted(engine.info.num_levels, run_live(engine, clock, first, loss, seed + 1, progress).steps)
+        plant = fitted(engine.info.num_levels, run_live(engine, clock, first, loss, seed + 1, progress, True).steps)
         scenario = scenario_of(config, plant, loss, Path(folder))
+        engine.brownout = CpuTimedBrownout(plant, config, may_dim=True)  # knows as much as the simulated one will
         traffic = build_traffic(scenario, arguments.load_req_s, seed)
         live = run_live(engine, clock, traffic, loss, seed, progress)
     # Once more with a plant of the compared run's own steps: what is left then is no drift of the machine.
@@ -242,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, model in plants.items():
         with TemporaryDirectory() as folder:
             twin = scenario_of(config, model, loss, Path(folder))
-            log = SimulatedCluster(twin, policy_of("predictive", twin), seed).run(traffic).logs[0]
+            log = SimulatedCluster(twin, policy_of("predictive", twin), seed, plant).run(traffic).logs[0]
         figures[name] = figures_of(log.records, slo, traffic.duration_s, log.levels, log.reaction_s)
         figures[name]["ttft_p90_difference"] = figures[name]["ttft_p90_s"] / figures["live"]["ttft_p90_s"] - 1
     write_result(
