@@ -49,9 +49,7 @@ class SimulatedCluster:
     ``profile``: what the governors believe at first; default: what profiling the plant would tell them.
     """
 
-    def __init__(
-        self, scenario: ScenarioFile, policy: Policy, seed: int, profile: StepTimeModel | None = None
-    ) -> None:
+    def __init__(self, scenario: ScenarioFile, policy: Policy, seed: int, profile: StepTimeModel | None = None) -> None:
         self._scenario = scenario
         self._events = EventLoop()
         self._draw = random.Random(seed).random

@@ -2,9 +2,9 @@
 
 The engine runs in this process with the demo's configuration. The steps of a first live run, in which the levels take
 turns, fit the plant; a second live run, of another seed, is compared with the simulator. One setting governs both,
-without a controller, and both governors begin with the plant's step times, so that nothing but the steps differs. The live engine runs on the CPU time of this process and skips what would be idle:
-neighbours on the machine take its time away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every
-thread.
+without a controller, and both governors begin with the plant's step times, so that nothing but the steps differs. The
+live engine runs on the CPU time of this process and skips what would be idle: neighbours on the machine take its time
+away, but none of its work. Set OMP_NUM_THREADS=1, or CPU time counts every thread.
 """
 
 from __future__ import annotations
