@@ -93,7 +93,27 @@ class Dimmer:
         self.top_k = table(num_layers)  # [S, L]
         self._kinds: tuple[DimmerKind, ...] = ()
         self._cuts: tuple[bool, ...] = ()
+        self._captured: tuple[frozenset[DimmerKind], bool] | None = None  # what captured graphs can do
         self.set_settings(settings)
+
+    @property
+    def kinds(self) -> frozenset[DimmerKind]:
+        """Of the settings. Kernels have no code for the others."""
+        return frozenset(self._kinds)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some setting has a top_k."""
+        return any(self._cuts)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether some setting asks for the best ``keep`` of each row."""
+        return not self.kinds.isdisjoint((DimmerKind.PIGGYBACK, DimmerKind.SIMILAR))
+
+    def note_capture(self) -> None:
+        """Graphs have been captured with the kernels of these settings: from now on no others can be set."""
+        self._captured = self.kinds, self.cuts
 
     def check_settings(self, settings: Sequence[DimSetting]) -> None:
         """Raises ConfigError for settings that this model or this engine cannot be dimmed by."""
@@ -104,6 +124,14 @@ class Dimmer:
             setting.check(num_layers, num_experts, self.num_experts_per_token)
             if setting.kind is DimmerKind.SIMILAR and self.similarity is None:
                 raise ConfigError(f"level {setting.name} needs brownout.similarity, a file of expert similarities")
+            if self._captured is not None:
+                kinds, cuts = self._captured
+                if setting.kind not in kinds or (setting.top_k and not cuts):
+                    known = ", ".join(kind.name.lower() for kind in DimmerKind if kind in kinds)
+                    raise ConfigError(
+                        f"level {setting.name} dims in a way that no level did at start, when kernels were captured; "
+                        f"allowed while serving: {known}{', and a top_k' if cuts else ' without a top_k'}"
+                    )
 
     def set_settings(self, settings: Sequence[DimSetting]) -> None:
         """Put other settings in place, the first of them exact. Raises ConfigError; then nothing has changed."""

@@ -50,6 +50,10 @@ class Dimming:
         """The one that all dimmed layers share; only of a model that can dim."""
         return next(dimmer for dimmer in self.dimmers if dimmer is not None)
 
+    @property
+    def num_dimmed_layers(self) -> int:
+        return sum(dimmer is not None for dimmer in self.dimmers)
+
     def protect(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Experts (layer, expert) that no dimmer may touch from now on."""
         for layer, expert in pairs:

@@ -22,7 +22,7 @@ from engine.layers.fused_linear import MAX_ROWS, NUM_SPLITS, launch_linear
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.linear import GatedMlp
 from engine.moe.align import Alignment, align
-from engine.moe.dimmer_kernels import rewrite
+from engine.moe.dimmer_kernels import rewrite_
 from engine.moe.experts import PackedExperts
 from engine.moe.fused_routing import choose
 from engine.moe.gate import Routing
@@ -65,10 +65,9 @@ class FusedMoeLayer(MoeLayer):
             chosen = main.record_event()
             with torch.cuda.stream(self.side):
                 self._run_shared_expert(shared, x, choice.shared_logits, chosen, addends[num_columns:])
-        routing = choice.routing
         if dimmer is not None and choice.use is not None:
-            routing = rewrite(dimmer, self.index, routing, choice.use, rows, dimmed_pairs)
-        run_experts(x, routing, self.experts, tiles, addends[:num_columns])
+            rewrite_(dimmer, self.index, choice.routing, choice.use, rows, dimmed_pairs)
+        run_experts(x, choice.routing, self.experts, tiles, addends[:num_columns])
         if shared is not None:
             main.wait_stream(self.side)
         return addends

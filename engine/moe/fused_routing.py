@@ -68,7 +68,8 @@ def choose(
         partial_logits, rows.valid, rows.phase, rows.exact, rows.levels, ids, weights, shared_logits, probs, use,
         *tables, num_tokens, num_experts, num_packed,
         A=num_columns, BLOCK_A=triton.next_power_of_2(num_columns), NORMALISE=normalise, SPLITS=num_splits,
-        BLOCK_E=block_e, num_warps=1, **options,
+        BLOCK_E=block_e, CUTS=dimmer is not None and dimmer.cuts, KEEPS=dimmer is not None and dimmer.keeps,
+        num_warps=1, **options,
     )  # fmt: skip
     return Choice(Routing(ids, weights, probs), shared_logits, use)
 
@@ -105,7 +106,7 @@ def _choose_kernel(
     partial_ptr, valid_ptr, phase_ptr, exact_ptr, levels_ptr, ids_ptr, weights_ptr, shared_ptr, probs_ptr, use_ptr,
     top_k_ptr, num_layers, layer, keep_ptr, protected_ptr, num_tokens, num_experts, no_expert,
     A: tl.constexpr, BLOCK_A: tl.constexpr, NORMALISE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_E: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_E: tl.constexpr, CUTS: tl.constexpr, KEEPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One row: a single warp, whose reductions need no shared memory."""
     row = tl.program_id(0).to(tl.int64)
@@ -142,4 +143,7 @@ def _choose_kernel(
     if use_ptr is not None:  # noqa: SIM102 (decided when compiling)
         if counts:
             tl.store(probs_ptr + row * BLOCK_E + experts, probs)
-            count_use(ids, weights, may_dim, top_k, keep, protected_ptr, use_ptr, BLOCK_E, num_experts, A, BLOCK_A)
+            count_use(
+                ids, weights, may_dim, top_k, keep, protected_ptr, use_ptr, BLOCK_E, num_experts,
+                A, BLOCK_A, CUTS, KEEPS,
+            )  # fmt: skip

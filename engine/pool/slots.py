@@ -86,6 +86,8 @@ def load_slot(config: EngineConfig) -> ModelSlot:
         max_rows = scheduler.max_num_batched_tokens
         graphs = StepGraphs(model, kv, max_model_len, scheduler.max_num_seqs, max_rows, graphable, device)
         log_graphs(plan, device)
+        if dimming.num_dimmed_layers:
+            dimming.dimmer.note_capture()
     return ModelSlot(spec, dimming, model, kv, graphs, counter, max_model_len, device)
 
 

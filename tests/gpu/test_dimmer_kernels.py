@@ -37,10 +37,11 @@ def check_equal(dimmer: Dimmer, rows: RowInfo, top_k: int = TOP_K) -> None:
     router = torch.randn(triton.next_power_of_2(num_experts + 9), HIDDEN, generator=generator).to(device) / 4
     choice = fused_routing.choose(x, router, num_experts, top_k, False, dimmer.num_packed, rows, dimmer, 1)
     assert choice.routing.probs is not None
-    plain = Routing(choice.routing.ids.long(), choice.routing.weights, choice.routing.probs[:, :num_experts])
+    plain = Routing(choice.routing.ids.long(), choice.routing.weights.clone(), choice.routing.probs[:, :num_experts])
     expected = dimmer.rewrite(1, plain, rows)
     dimmed_pairs = torch.full_like(rows.phase, 3)
-    after = dimmer_kernels.rewrite(dimmer, 1, choice.routing, choice.use, rows, dimmed_pairs)
+    after = choice.routing
+    dimmer_kernels.rewrite_(dimmer, 1, after, choice.use, rows, dimmed_pairs)
     assert torch.equal(after.ids.long(), expected.routing.ids)
     torch.testing.assert_close(after.weights, expected.routing.weights)
     assert torch.equal(dimmed_pairs - 3, expected.dimmed_pairs)
@@ -50,6 +51,13 @@ def check_equal(dimmer: Dimmer, rows: RowInfo, top_k: int = TOP_K) -> None:
 def test_each_setting_equals_the_dimmer(kernel_device: torch.device, setting: int) -> None:
     dimmer = make_dimmer(NUM_EXPERTS, TOP_K, protected=(5, 30), device=kernel_device)
     check_equal(dimmer, mixed_rows(NUM_TOKENS, (0, setting), kernel_device))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_with_code_for_one_dimmer_only_equal_it(kernel_device: torch.device, family: str) -> None:
+    settings = [SETTINGS[0], *FAMILIES[family]]
+    dimmer = make_dimmer(NUM_EXPERTS, TOP_K, protected=(5, 30), device=kernel_device, settings=settings)
+    check_equal(dimmer, mixed_rows(NUM_TOKENS, (1, len(settings) - 1), kernel_device))
 
 
 @pytest.mark.parametrize("levels", MIXED)
@@ -77,7 +85,8 @@ def test_level_0_leaves_the_routing_bit_identical(kernel_device: torch.device) -
     choice = fused_routing.choose(x, router / 4, NUM_EXPERTS, TOP_K, False, dimmer.num_packed, rows, dimmer, 0)
     alone = fused_routing.choose(x, router / 4, NUM_EXPERTS, TOP_K, False, dimmer.num_packed, rows, None, 0)
     dimmed_pairs = torch.zeros(64, dtype=torch.int64, device=kernel_device)
-    after = dimmer_kernels.rewrite(dimmer, 0, choice.routing, choice.use, rows, dimmed_pairs)
+    after = choice.routing
+    dimmer_kernels.rewrite_(dimmer, 0, after, choice.use, rows, dimmed_pairs)
     assert torch.equal(after.ids, alone.routing.ids)
     assert torch.equal(after.weights, alone.routing.weights)
     assert dimmed_pairs.sum() == 0
