@@ -25,10 +25,11 @@ MAX_ERROR_CHARS = 300
 class CompletionClient:
     """Sends greedy requests of a fixed length; each one ends within ``timeout_s``. Use as ``async with``."""
 
-    def __init__(self, base_url: str, model: str, timeout_s: float) -> None:
+    def __init__(self, base_url: str, model: str, timeout_s: float, api_key: str = "") -> None:
         self._url = f"{base_url.rstrip('/')}/v1/completions"
         self._model = model
         self._timeout_s = timeout_s
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> CompletionClient:
@@ -61,7 +62,7 @@ class CompletionClient:
     async def _exchange(self, arrival: Arrival, stream: _Stream, clock: Clock) -> None:
         assert self._session is not None, "use the client as an async context manager"
         parser = SseParser()
-        async with self._session.post(self._url, json=self._body(arrival)) as response:
+        async with self._session.post(self._url, json=self._body(arrival), headers=self._headers) as response:
             if response.status != 200:
                 outcome = Outcome.REJECTED if response.status in BUSY_STATUSES else Outcome.HTTP_ERROR
                 stream.fail(outcome, f"{response.status}: {await response.text(errors='replace')}")

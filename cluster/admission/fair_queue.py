@@ -85,6 +85,7 @@ class FairQueue:
         self.capacity = capacity
         self.num_running = 0  # places
         self._flows: dict[str, Flow] = {}
+        self._waiting: dict[str, Flow] = {}  # those with requests that wait
         self._order = itertools.count()
         self._virtual = 0.0  # counter of whoever was served last
 
@@ -104,8 +105,9 @@ class FairQueue:
         """Its tenant's `flow` must have been named before."""
         flow = self._flows[ticket.tenant]
         if not flow.num_waiting:
-            waiting = [other.served for other in self._flows.values() if other.num_waiting]
-            flow.served = max(flow.served, min(waiting, default=self._virtual))
+            least = min((other.served for other in self._waiting.values()), default=self._virtual)
+            flow.served = max(flow.served, least)
+            self._waiting[ticket.tenant] = flow
         flow.note(now_s)
         ticket.capped_before_s = flow.capped_s
         heapq.heappush(flow.heap, (ticket.priority, ticket.deadline_s, next(self._order), ticket))
@@ -115,27 +117,25 @@ class FairQueue:
 
     def pop(self, now_s: float) -> Ticket | None:
         """The next request to send to the engines, charged to its tenant; None: nobody may go now."""
-        best: tuple[float, str, Flow, Ticket] | None = None
-        for name, flow in self._flows.items():
-            head = flow.head() if flow.num_waiting else None
-            if head is None or flow.is_capped or (best is not None and best[0] <= flow.served):
-                continue
-            best = (flow.served, name, flow, head)
-        if best is None:
+        best: Flow | None = None
+        for flow in self._waiting.values():
+            if not flow.is_capped and (best is None or flow.served < best.served):
+                best = flow
+        ticket = best.head() if best is not None else None
+        if best is None or ticket is None:
             return None
-        _, _, flow, ticket = best
         if self.num_running and self.num_running + ticket.num_places > self.capacity:
             return None
-        flow.note(now_s)
-        heapq.heappop(flow.heap)
-        self._leave(flow, ticket)
+        best.note(now_s)
+        heapq.heappop(best.heap)
+        self._leave(best, ticket)
         ticket.started = True
-        ticket.own_s = flow.capped_s - ticket.capped_before_s
-        self._virtual = flow.served
-        flow.served += ticket.cost / flow.weight
-        flow.num_running += ticket.num_places
+        ticket.own_s = best.capped_s - ticket.capped_before_s
+        self._virtual = best.served
+        best.served += ticket.cost / best.weight
+        best.num_running += ticket.num_places
         self.num_running += ticket.num_places
-        flow.note(now_s)
+        best.note(now_s)
         return ticket
 
     def remove(self, ticket: Ticket, now_s: float) -> None:
@@ -159,7 +159,10 @@ class FairQueue:
 
     def _leave(self, flow: Flow, ticket: Ticket) -> None:
         flow.num_waiting -= 1
-        flow.waiting_cost = flow.waiting_cost - ticket.cost if flow.num_waiting else 0.0
+        flow.waiting_cost -= ticket.cost
+        if not flow.num_waiting:
+            flow.waiting_cost = 0.0
+            del self._waiting[ticket.tenant]
 
 
 def capacity(num_replicas: int, max_num_seqs: int, in_flight_frac: float, num_ingress: int) -> int:

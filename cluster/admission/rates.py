@@ -42,6 +42,11 @@ class TenantRates:
     def are_shared(self) -> bool:
         return self._shared is not None and self._shared.reachable
 
+    def start(self) -> None:
+        """Begin to share the rates; later calls do nothing."""
+        if self._shared is not None:
+            self._shared.start()
+
     def early_refusal(self, tenant: str) -> RateAnswer | None:
         """A refusal that is known before a request has been read: its bucket of requests is still empty."""
         account = self._accounts.get(tenant)

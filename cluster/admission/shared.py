@@ -124,10 +124,6 @@ class SharedBuckets:
 
     async def _run(self) -> None:
         while True:
-            if self.reachable:
-                await self._has_pending.wait()
-            else:
-                await asyncio.sleep(PROBE_PERIOD_S)
             self._has_pending.clear()
             takes, self._pending = self._pending, []
             sent_s = time.monotonic()
@@ -142,6 +138,10 @@ class SharedBuckets:
                 if not self.reachable and time.monotonic() - sent_s <= LIMIT_S:
                     self._num_late = 0
                     self._note(reachable=True)
+            if not self.reachable:
+                await asyncio.sleep(PROBE_PERIOD_S)
+            elif not self._pending:
+                await self._has_pending.wait()
 
     async def _exchange(self, takes: list[_Take]) -> None:
         """One round trip; a ping if there is nothing to take."""

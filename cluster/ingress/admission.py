@@ -94,6 +94,7 @@ class Admission:
 
     def enter(self, tenant: Tenant) -> None:
         """Before the request is read: `leave` must follow. Raises ApiError (429)."""
+        self.rates.start()
         counts = self.counts.setdefault(tenant.name, TenantCounts())
         limits = tenant.limits
         cap = self._cap(limits)

@@ -52,9 +52,9 @@ def test_accounts_hold_after_every_step(places: int, steps: list[tuple]) -> None
         elif step[0] == "pop":
             ticket = queue.pop(float(now_s))
             if ticket is None:
-                assert may_start(queue, waiting) is None
+                assert not all(fits for _, fits in next_ones(queue, waiting)) or not next_ones(queue, waiting)
             else:
-                assert ticket is may_start(queue, waiting, before=ticket)
+                assert (ticket, True) in next_ones(queue, waiting, before=ticket)
                 waiting.remove(ticket)
                 running.append(ticket)
         elif step[0] == "finish" and running:
@@ -65,24 +65,27 @@ def test_accounts_hold_after_every_step(places: int, steps: list[tuple]) -> None
         check(queue, places, waiting, running)
 
 
-def may_start(queue: FairQueue, waiting: list[Ticket], before: Ticket | None = None) -> Ticket | None:
-    """By the rules in the module's table, over a plain list; ``before``: undo that start first."""
-    running = queue.num_running - (before.num_places if before else 0)
-    best: tuple[float, Ticket] | None = None
+def next_ones(queue: FairQueue, waiting: list[Ticket], before: Ticket | None = None) -> list[tuple[Ticket, bool]]:
+    """Whose turn it is by the rules in the module's table, several if tied, and whether there is room for it.
+
+    Over a plain list; ``before``: undo that start first.
+    """
+    heads: list[tuple[float, Ticket]] = []
     for name, flow in queue.flows():
         mine = [ticket for ticket in waiting if ticket.tenant == name]
-        if not mine:
-            continue
-        head = min(mine, key=lambda ticket: (ticket.priority, ticket.deadline_s, waiting.index(ticket)))
-        own = flow.num_running - (before.num_places if before and before.tenant == name else 0)
-        served = flow.served - (before.cost / flow.weight if before and before.tenant == name else 0.0)
-        if flow.max_concurrent is not None and own and own + head.num_places > flow.max_concurrent:
-            continue
-        if best is None or served < best[0] - 1e-9:
-            best = (served, head)
-    if best is None or (running and running + best[1].num_places > queue.capacity):
-        return None
-    return best[1]
+        started = before if before and before.tenant == name else None
+        own = flow.num_running - (started.num_places if started else 0)
+        served = flow.served - (started.cost / flow.weight if started else 0.0)
+        head = min(mine, key=lambda each: (each.priority, each.deadline_s, waiting.index(each)), default=None)
+        if head and (flow.max_concurrent is None or not own or own + head.num_places <= flow.max_concurrent):
+            heads.append((served, head))
+    least = min((served for served, _ in heads), default=0.0)
+    running = queue.num_running - (before.num_places if before else 0)
+    return [
+        (head, not running or running + head.num_places <= queue.capacity)
+        for served, head in heads
+        if served <= least + 1e-9
+    ]
 
 
 def check(queue: FairQueue, places: int, waiting: list[Ticket], running: list[Ticket]) -> None:
