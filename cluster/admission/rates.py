@@ -1,7 +1,8 @@
 """The rates of tenants in one ingress process: shared through Redis, else this process's part of them.
 
-What Redis last said is kept as this process's own part, so that going from one to the other neither gives a tenant a
-second minute's worth nor takes one away; a tenant that Redis has just refused is refused here until it can pass.
+What Redis last said is kept as this process's own part, and what was granted without Redis is told to it afterwards:
+going from one to the other gives a tenant no second minute's worth. A tenant that was just refused for its number of
+requests is refused at the door until it can pass.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from cluster.admission.buckets import Levels, RateKind, Rates, full, refill, take, wait_s
-from cluster.admission.shared import SharedBuckets
+from cluster.admission.buckets import Grant, Levels, RateKind, Rates, full, refill, take, wait_s
+from cluster.admission.shared import Missed, SharedBuckets
 
 
 @dataclass(slots=True)
 class _Account:
     levels: Levels  # this process's part
     at_s: float
+    untold_requests: float = 0.0  # granted or settled while Redis was away
+    untold_tokens: float = 0.0
     refused: RateKind | None = None
     refused_until_s: float = 0.0
 
@@ -58,10 +61,12 @@ class TenantRates:
 
     async def take(self, tenant: str, rates: Rates, num_tokens: float) -> RateAnswer:
         """Take one request and its estimated tokens."""
-        grant = await self._shared.take(tenant, rates, 1, num_tokens) if self._shared else None
+        if self.are_shared:
+            self._tell(tenant, rates)
+        answer = await self._shared.take(tenant, rates, 1, num_tokens) if self._shared else Missed.AWAY
         account = self._account(tenant, rates)
-        if grant is not None:
-            levels = grant.levels
+        if isinstance(answer, Grant):
+            grant, levels = answer, answer.levels
             account.levels = Levels(levels.requests / self._num_ingress, levels.tokens / self._num_ingress)
             retry_after_s = wait_s(levels, rates, 1, num_tokens)
         else:
@@ -71,6 +76,9 @@ class TenantRates:
             grant = take(account.levels, part, *wanted)
             if grant.short is None:
                 grant = take(account.levels, part, 1, num_tokens, force=True)
+                if answer is Missed.AWAY:
+                    account.untold_requests += 1
+                    account.untold_tokens += num_tokens
             account.levels = grant.levels
             retry_after_s = wait_s(account.levels, part, *wanted)
             levels = Levels(grant.levels.requests * self._num_ingress, grant.levels.tokens * self._num_ingress)
@@ -86,9 +94,17 @@ class TenantRates:
         account = self._account(tenant, rates)
         part = rates.shared_by(self._num_ingress)
         if self._shared is not None and self._shared.reachable:
-            self._shared.settle(tenant, rates, num_tokens)
+            self._shared.settle(tenant, rates, 0, num_tokens)
             num_tokens /= self._num_ingress
+        else:
+            account.untold_tokens += num_tokens
         account.levels = take(account.levels, part, 0, num_tokens, force=True).levels
+
+    def _tell(self, tenant: str, rates: Rates) -> None:
+        account = self._account(tenant, rates)
+        if self._shared is not None and (account.untold_requests or account.untold_tokens):
+            self._shared.settle(tenant, rates, account.untold_requests, account.untold_tokens)
+            account.untold_requests = account.untold_tokens = 0.0
 
     def _account(self, tenant: str, rates: Rates) -> _Account:
         """This process's part, as of now."""

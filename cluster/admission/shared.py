@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from enum import Enum
 
 from redis.exceptions import RedisError
 
@@ -71,6 +72,13 @@ class _Take:
     answer: asyncio.Future[Grant] | None  # None: nobody waits for it
 
 
+class Missed(Enum):
+    """Why there is no answer."""
+
+    AWAY = "away"  # Redis was not asked, or has lost it
+    LATE = "late"  # it was asked, and will do it
+
+
 class SharedBuckets:
     """All methods belong to one event loop."""
 
@@ -88,11 +96,11 @@ class SharedBuckets:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="shared-rates")
 
-    async def take(self, tenant: str, rates: Rates, num_requests: float, num_tokens: float) -> Grant | None:
-        """None, after at most LIMIT_S: Redis cannot be asked."""
+    async def take(self, tenant: str, rates: Rates, num_requests: float, num_tokens: float) -> Grant | Missed:
+        """After at most LIMIT_S."""
         self.start()
         if not self.reachable:
-            return None
+            return Missed.AWAY
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._send(_Take(tenant, rates, num_requests, num_tokens, False, answer))
         try:
@@ -102,16 +110,16 @@ class SharedBuckets:
             self._num_late += 1
             if self._num_late >= OPEN_AFTER_LATE:
                 self._note(reachable=False, why="it answers too late")
-            return None
+            return Missed.LATE
         except (RedisError, OSError, ValueError):
-            return None
+            return Missed.AWAY
         self._num_late = 0
         return grant
 
-    def settle(self, tenant: str, rates: Rates, num_tokens: float) -> None:
-        """Take what was used beyond the estimate, or give back (negative) what was not; in the background."""
+    def settle(self, tenant: str, rates: Rates, num_requests: float, num_tokens: float) -> None:
+        """Take what has been used already, or give back (negative) what was not; in the background."""
         if self.reachable:
-            self._send(_Take(tenant, rates, 0, num_tokens, True, None))
+            self._send(_Take(tenant, rates, num_requests, num_tokens, True, None))
 
     async def close(self) -> None:
         if self._task is not None:
