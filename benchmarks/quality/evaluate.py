@@ -44,10 +44,11 @@ from benchmarks.quality.scorers import EngineScorer, ServerScorer
 from benchmarks.quality.scoring import Request, Scorer, TokenScore
 from benchmarks.quality.tasks import TASKS, load_task
 from benchmarks.results import RESULTS, markdown_table, write_result
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.types import Levels
 from engine.unite.calibration import read_text
+from engine.weights.manifest import CheckpointError
 
 TEXTS = {"gutenberg": "gutenberg_heldout.txt.gz", "wikitext2": "wikitext2_valid.txt.gz"}
 PROMPT_TOKENS, NEW_TOKENS = 64, 96  # of the generation check
@@ -158,7 +159,10 @@ def open_engine(options: argparse.Namespace) -> Target:
         brownout=brownout,
         device=options.device,
     )
-    engine = Engine(config)
+    try:
+        engine = Engine(config)
+    except (ConfigError, CheckpointError) as error:
+        raise SystemExit(str(error)) from error
     levels = tuple(range(engine.info.num_levels)) if options.levels == "all" else _numbers(options.levels)
     too_high = [level for level in levels if level >= engine.info.num_levels]
     if too_high:
