@@ -18,8 +18,8 @@ Without --method and --ladder, and with `brownoutserve calibrate MODEL --text HE
 for this project's builds and measured levels. United experts are MODEL/united-* unless --united names others.
 
 In this process every level is pinned in turn. Through a server it is the operator who pins: the tool runs
-`brownoutserve brownout set LEVEL` for each of --levels, or measures the level in force when none is given. A server
-tells only its likeliest tokens, so KL is measured in this process only.
+`brownoutserve brownout set LEVEL` for each of --levels and `brownout auto` at the end, or measures the level in force
+when none is given. A server tells only its likeliest tokens, so KL is measured in this process only.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Target:
     encode: Callable[[str], list[int]]
     scorer_at: Callable[[int], Scorer]
     engine: Engine | None
+    let_go: Callable[[], None] = lambda: None
 
 
 def evaluate(target: Target, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -180,15 +181,25 @@ def open_server(options: argparse.Namespace) -> Target:
     scorer = ServerScorer(options.base_url, options.name)
     pinned = options.levels != "all"
 
+    def brownout(*policy: str) -> None:
+        subprocess.run([sys.executable, "-m", "cluster.cli", "brownout", *policy], check=True)
+
     def scorer_at(level: int) -> Scorer:
         if pinned:
-            command = [sys.executable, "-m", "cluster.cli", "brownout", "set", str(level)]
-            subprocess.run(command, check=True)
+            brownout("set", str(level))
             time.sleep(options.settle_s)
         return scorer
 
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    def let_go() -> None:
+        if pinned:
+            brownout("auto")
+
     levels = _numbers(options.levels) if pinned else (0,)
-    return Target(options.name, levels, (), lambda text: tokenizer.encode(text).ids, scorer_at, None)
+    return Target(options.name, levels, (), encode, scorer_at, None, let_go)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -226,10 +237,13 @@ def main() -> None:
     options = parse()
     target = open_engine(options) if options.model else open_server(options)
     rows = []
-    for row in evaluate(target, options):
-        rows.append(row)
-        print(f"level {row['level']} ({row['name']}): {row['tasks']} {row['texts']}", flush=True)
-        write_result(options.out, {"model": target.name, "levels": rows})
+    try:
+        for row in evaluate(target, options):
+            rows.append(row)
+            print(f"level {row['level']} ({row['name']}): {row['tasks']} {row['texts']}", flush=True)
+            write_result(options.out, {"model": target.name, "levels": rows})
+    finally:
+        target.let_go()
     header = ["level", *options.tasks, *(f"{name} perplexity" for name in options.texts), "agreement"]
     table = [
         [

@@ -21,7 +21,7 @@ WATCH_PERIOD_S = 1.0
 def serve(config: Path, port: int | None) -> None:
     """Start a cluster on this machine and keep it until Ctrl-C.
 
-    CONFIG is a Serve YAML file (default: deploy/serve/demo.yaml, a small random model on the CPU). Starts Ray, a
+    CONFIG is a Serve YAML file (default: deploy/serve/demo.yaml, a small model on the CPU). Starts Ray, a
     private Redis (unless REDIS_URL is set), the controller, the ingress and the replicas, all on 127.0.0.1, and ends
     all of them with itself.
     """

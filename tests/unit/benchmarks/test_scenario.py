@@ -24,7 +24,7 @@ def test_a_workload_follows_the_capacity_and_the_seed():
     assert workload == scenario.workload(capacity_req_s=20, vocab_size=100)
     start_s, end_s = scenario.peak_s
     in_burst = sum(start_s <= a.at_s < end_s for a in workload.arrivals)
-    expected = 20 * 1.6 * (end_s - start_s)
+    expected = 20 * max(phase.load for phase in scenario.phases) * (end_s - start_s)
     assert abs(in_burst - expected) < 4 * expected**0.5
 
 
