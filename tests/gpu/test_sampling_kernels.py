@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.engine import Engine
 from engine.sampling import SamplingState, _Columns, _draw_among
-from engine.types import SamplingParams
+from engine.types import GenerationRequest, SamplingParams
+from tests.models import write_checkpoint
 
 pytest.importorskip("triton")
 sampling_kernels = pytest.importorskip("engine.sampling_kernels")
@@ -38,3 +44,42 @@ def test_draws_without_a_sort_equal_the_ranked_ones(
     finished, tokens = finished.cpu(), tokens.cpu()
     assert torch.equal(tokens[~finished], expected[~finished])
     assert (tokens[finished] == -1).all()
+
+
+def test_sampled_requests_overlap_and_get_the_same_tokens(gpu: torch.device, tmp_path: Path) -> None:
+    """Whole vocabularies, sets small and large, penalties, log-probabilities, and min_tokens, beside a greedy one."""
+    options: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 5.0, "top_p": 0.99},
+        {"temperature": 0.7, "top_k": 20, "min_p": 0.02},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"temperature": 0, "logprobs": 3, "min_tokens": 5, "stop_token_ids": tuple(range(2048))},
+    ]
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    answers, steps_ahead = [], []
+    for overlap_steps in (False, True):
+        engine = Engine(
+            EngineConfig(
+                ModelConfig(str(checkpoint), dtype="float32"),
+                scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512),
+                cache=CacheConfig(num_blocks=128),
+                brownout=BrownoutConfig(profile_repeats=0),
+                device="cuda",
+                overlap_steps=overlap_steps,
+            )
+        )
+        for index, given in enumerate(options):
+            sampling = SamplingParams(max_tokens=40, ignore_eos=True, seed=index, **given)
+            engine.add(GenerationRequest(str(index), tuple(range(50 + index, 80)), sampling))
+        found: dict[str, list[int]] = {str(index): [] for index in range(len(options))}
+        outputs = engine.step()
+        steps_ahead.append(not outputs)
+        while outputs or engine.has_work:
+            for output in outputs:
+                found[output.request_id] += output.token_ids
+            outputs = engine.step()
+        answers.append(found)
+    assert steps_ahead == [False, True]
+    assert answers[0] == answers[1]
