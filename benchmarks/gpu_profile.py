@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -91,9 +92,9 @@ def active_experts(slot: ModelSlot, rows: StepRows, setting: int) -> list[int]:
     """Of each layer, the experts that a decode step reads; the step runs once, without a graph."""
     counts: list[int] = []
 
-    def count_and_align(ids: Tensor, num_packed: int, tile_rows: int) -> Alignment:
+    def count_and_align(ids: Tensor, num_packed: int, *others: Any) -> Alignment:
         counts.append(int((ids.unique() < num_packed).sum()))
-        return align(ids, num_packed, tile_rows)
+        return align(ids, num_packed, *others)
 
     with patch.object(fused, "align", count_and_align):
         slot.model.forward(to_device(rows, slot.kv.block_size, Levels(decode=setting), slot.device), slot.kv)

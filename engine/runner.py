@@ -116,6 +116,8 @@ class Runner:
     ) -> Callable[[], Computed]:
         graphs = self.slot.graphs
         assert graphs is not None
+        if self.slot.counter is not None:
+            self.slot.counter.note_step()
         if logit_rows is None and all(state.takes_argmax for state in sampling):
             step = graphs.launch(rows, levels)
             for state in sampling:

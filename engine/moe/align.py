@@ -43,14 +43,18 @@ class Alignment:
         )
 
 
-def align(ids: Tensor, num_packed: int, tile_rows: int) -> Alignment:
-    """Sort the pairs of ``ids`` [T, A] int32 and cut each expert's into tiles of at most ``tile_rows`` rows."""
-    num_pairs = ids.numel()
+def align(ids: Tensor, num_packed: int, tile_rows: int, load: Tensor | None = None) -> Alignment:
+    """Sort the pairs of ``ids`` [T, A] int32 and cut each expert's into tiles of at most ``tile_rows`` rows.
+
+    ``load`` [> N] int64: each expert's pairs are added to its entry, and the number of active experts to the last one.
+    """
+    num_pairs, load_end = ids.numel(), 0 if load is None else len(load) - 1
     alignment = Alignment.empty(num_pairs, num_packed, tile_rows, ids.device)
     num_bins, options = triton.next_power_of_2(num_packed + 1), launch_options(ids.device)
     if num_pairs <= SMALL_STEP_PAIRS:
         _sort_kernel[(triton.cdiv(num_pairs, PAIRS_PER_PROGRAM) + 1,)](
-            ids, alignment.order, alignment.tiles, alignment.num_tiles, num_pairs, tile_rows,
+            ids, alignment.order, alignment.tiles, alignment.num_tiles, load, num_packed, load_end,
+            num_pairs, tile_rows,
             OWN=PAIRS_PER_PROGRAM, BINS=num_bins, num_warps=8, **options,
         )  # fmt: skip
         return alignment
@@ -58,7 +62,7 @@ def align(ids: Tensor, num_packed: int, tile_rows: int) -> Alignment:
     counts = torch.empty(num_chunks + 1, num_bins, dtype=torch.int32, device=ids.device)
     _count_kernel[(num_chunks,)](ids, counts, num_pairs, CHUNK=CHUNK_PAIRS, BINS=num_bins, num_warps=8, **options)
     _scan_kernel[(1,)](
-        counts, alignment.tiles, alignment.num_tiles, num_chunks, tile_rows,
+        counts, alignment.tiles, alignment.num_tiles, load, num_packed, load_end, num_chunks, tile_rows,
         CHUNKS=CHUNKS_PER_SCAN_STEP, BINS=num_bins, num_warps=8, **options,
     )  # fmt: skip
     _scatter_kernel[(num_chunks,)](
@@ -69,7 +73,7 @@ def align(ids: Tensor, num_packed: int, tile_rows: int) -> Alignment:
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
-    ids_ptr, order_ptr, tiles_ptr, num_tiles_ptr, num_pairs, tile_rows,
+    ids_ptr, order_ptr, tiles_ptr, num_tiles_ptr, load_ptr, num_packed, load_end, num_pairs, tile_rows,
     OWN: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program places OWN pairs, each behind all that sort before it; the last program lists the tiles."""
@@ -81,7 +85,10 @@ def _sort_kernel(
         for start in range(0, num_pairs, OWN):
             ids = tl.load(ids_ptr + start + step, mask=start + step < num_pairs, other=BINS)
             is_bin += (ids[None, :] == tl.arange(0, BINS)[:, None]).to(tl.int32)
-        list_tiles(tl.sum(is_bin, axis=1), tiles_ptr, num_tiles_ptr, tile_rows, BINS)
+        counts = tl.sum(is_bin, axis=1)
+        list_tiles(counts, tiles_ptr, num_tiles_ptr, tile_rows, BINS)
+        if load_ptr is not None:
+            add_load(counts, load_ptr, num_packed, load_end, BINS)
         return
     own_pairs = tl.program_id(0) * OWN + step
     own_ids = tl.load(ids_ptr + own_pairs, mask=own_pairs < num_pairs, other=BINS)
@@ -110,7 +117,7 @@ def _count_kernel(
 
 @triton.jit
 def _scan_kernel(
-    counts_ptr, tiles_ptr, num_tiles_ptr, num_chunks, tile_rows,
+    counts_ptr, tiles_ptr, num_tiles_ptr, load_ptr, num_packed, load_end, num_chunks, tile_rows,
     CHUNKS: tl.constexpr, BINS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """counts -> pairs of that id in earlier chunks; row 0 -> the id's first sorted row. Also lists the tiles."""
@@ -126,6 +133,8 @@ def _scan_kernel(
         total += tl.sum(counts, axis=0)
     tl.store(counts_ptr + bins, tl.cumsum(total, axis=0) - total)
     list_tiles(total, tiles_ptr, num_tiles_ptr, tile_rows, BINS)
+    if load_ptr is not None:
+        add_load(total, load_ptr, num_packed, load_end, BINS)
 
 
 @triton.jit
@@ -159,3 +168,12 @@ def list_tiles(counts, tiles_ptr, num_tiles_ptr, tile_rows, BINS: tl.constexpr):
         tl.store(at + 1, row, mask=i < num_tiles)
         tl.store(at + 2, tl.minimum(row + tile_rows, row_end), mask=i < num_tiles)
     tl.store(num_tiles_ptr, tl.sum(num_tiles, axis=0))
+
+
+@triton.jit
+def add_load(counts, load_ptr, num_packed, load_end, BINS: tl.constexpr):
+    """Nobody waits for it: nothing is read back."""
+    bins = tl.arange(0, BINS)
+    is_active = (counts > 0) & (bins < num_packed)
+    tl.atomic_add(load_ptr + bins, counts.to(tl.int64), mask=is_active, sem="relaxed")
+    tl.atomic_add(load_ptr + load_end, tl.sum(is_active.to(tl.int64), axis=0), sem="relaxed")

@@ -67,7 +67,8 @@ class FusedMoeLayer(MoeLayer):
                 self._run_shared_expert(shared, x, choice.shared_logits, chosen, addends[num_columns:])
         if dimmer is not None and choice.use is not None:
             rewrite_(dimmer, self.index, choice.routing, choice.use, rows, dimmed_pairs)
-        run_experts(x, choice.routing, self.experts, tiles, addends[:num_columns])
+        load = None if self.counter is None else self.counter.totals(self.index)
+        run_experts(x, choice.routing, self.experts, tiles, addends[:num_columns], load)
         if shared is not None:
             main.wait_stream(self.side)
         return addends
@@ -90,12 +91,17 @@ class FusedMoeLayer(MoeLayer):
 MIN_ROUTER_ROWS = 16  # the matrix unit's
 
 
-def run_experts(x: Tensor, routing: Routing, experts: PackedExperts, tiles: MoeTiles, out: Tensor) -> None:
-    """out[a, t] = weights[t, a] * expert[ids[t, a]](x[t]), 0 for a pair without an expert. ``out`` [A, T, D]."""
+def run_experts(
+    x: Tensor, routing: Routing, experts: PackedExperts, tiles: MoeTiles, out: Tensor, load: Tensor | None = None
+) -> None:
+    """out[a, t] = weights[t, a] * expert[ids[t, a]](x[t]), 0 for a pair without an expert. ``out`` [A, T, D].
+
+    ``load``: see engine.moe.align.
+    """
     num_tokens, hidden_size = x.shape
     num_columns = routing.ids.shape[1]
     num_packed, expert_size = len(experts.gate_up), experts.down.shape[2]
-    alignment = align(routing.ids, num_packed, tiles.rows)
+    alignment = align(routing.ids, num_packed, tiles.rows, load)
     hidden = x.new_empty(num_tokens * num_columns, expert_size)
     sizes = ExpertSizes(num_tokens, num_columns, num_packed, hidden_size, expert_size)
     launch_gate_up(x, experts.gate_up, alignment, hidden, sizes, tiles.rows, tiles.gate_up)

@@ -18,7 +18,10 @@ NUM_HOT = 4  # experts named per layer
 
 
 class ExpertCounter:
-    """One per model. `count_` in each layer, `end_step_` after each forward pass, `take` from the same thread."""
+    """One per model. `count_` in each layer, `end_step_` after each forward pass, `take` from the same thread.
+
+    Kernels that know the counts anyway add to `totals`.
+    """
 
     def __init__(self, num_packed: Mapping[int, int], device: torch.device) -> None:
         """``num_packed``: layer |-> packed experts, of the layers that have any."""
@@ -26,7 +29,8 @@ class ExpertCounter:
         self._layers = tuple(num_packed)
         self._row_of = {layer: row for row, layer in enumerate(num_packed)}
         sizes = tuple(num_packed.values())
-        self._step = torch.zeros(len(sizes), max(sizes) + 1, dtype=torch.int64, device=device)
+        num_columns = 2 * (max(sizes) // 2 + 1)  # even, so that each row begins where kernels load whole vectors
+        self._step = torch.zeros(len(sizes), num_columns, dtype=torch.int64, device=device)
         columns = torch.arange(self._step.shape[1] - 1, device=device)
         self._is_expert = (columns < torch.tensor(sizes, device=device)[:, None]).long()  # [L, N]
         self._num_packed = np.asarray(sizes)
@@ -42,6 +46,15 @@ class ExpertCounter:
     def count_(self, layer: int, ids: Tensor) -> None:
         """Add the pairs ``ids`` [T, A] that the layer's experts are about to compute."""
         self._step[self._row_of[layer]].index_add_(0, ids.flatten(), self._one.expand(ids.numel()))
+
+    def totals(self, layer: int) -> Tensor:
+        """[> packed experts] int64, for a kernel to add a step's pairs by expert to, and to the last entry the number
+        of active experts; instead of `count_`, and then `note_step` ends the step."""
+        return self._total[self._row_of[layer]]
+
+    def note_step(self) -> None:
+        """A step has been launched whose kernels add to the totals themselves."""
+        self._num_steps += 1
 
     def end_step_(self) -> None:
         """Add the step to the totals."""

@@ -77,7 +77,7 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     plan = size_kv_pool(config, spec, model, num_weights_bytes, dtype, device)
     kv = KvStorage(spec, plan.num_blocks, block_size, dtype, device)
     max_model_len = plan.max_model_len
-    counter = _count_experts(model, device) if kernels.name == "torch" and spec.moe_layers else None
+    counter = _count_experts(model, device) if spec.moe_layers else None
     graphs = None
     if config.cuda_graphs and kernels.name == "triton":
         from engine.graphs import StepGraphs

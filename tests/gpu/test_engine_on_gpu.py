@@ -150,3 +150,20 @@ def test_dependent_launch_changes_no_token(
         assert engine.apply_setting(BrownoutSetting.pinned(2))
         results.append(generate(engine, prompts))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_expert_load_is_counted_in_the_kernels(
+    gpu: torch.device, checkpoint: Path, prompts: Prompts, cuda_graphs: bool
+) -> None:
+    """Every computed token has as many pairs in each layer as experts are chosen for it."""
+    engine = make_engine(checkpoint, cuda_graphs=cuda_graphs)
+    generate(engine, prompts)
+    counter = engine.leave().counter
+    assert counter is not None
+    torch.cuda.synchronize()
+    num_tokens = sum(len(prompt) + NUM_TOKENS - index - 1 for index, prompt in enumerate(prompts))
+    for layer in range(3):
+        totals = counter.totals(layer).tolist()
+        assert sum(totals[:-1]) == 4 * num_tokens
+        assert 0 < totals[-1] < 4 * num_tokens

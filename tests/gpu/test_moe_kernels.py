@@ -77,8 +77,11 @@ def test_align_sorts_stably_and_covers_each_pair_once(
 ) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     ids = torch.randint(0, NUM_PACKED + 1, (num_tokens, TOP_K), generator=generator, dtype=torch.int32)
-    alignment = align(ids.to(kernel_device), NUM_PACKED, tile_rows)
+    load = torch.ones(NUM_PACKED + 3, dtype=torch.int64, device=kernel_device)
+    alignment = align(ids.to(kernel_device), NUM_PACKED, tile_rows, load)
     flat = ids.flatten().cpu()
+    counts = flat.bincount(minlength=NUM_PACKED + 1)[:NUM_PACKED]
+    assert (load - 1).tolist() == [*counts.tolist(), 0, 0, int((counts > 0).sum())]
     assert torch.equal(alignment.order.cpu().long(), flat.argsort(stable=True))
     covered = []
     for expert, first, end in alignment.tiles[: int(alignment.num_tiles)].tolist():

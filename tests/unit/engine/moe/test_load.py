@@ -45,3 +45,16 @@ def test_balance_index() -> None:
     seen = summarise((0, 1), pairs, np.array([8, 2]), np.array([4, 4]), num_steps=2)
     assert seen.balance_index == (1.0, 0.25)
     assert seen.active_experts == (4.0, 1.0)
+
+
+def test_kernels_may_add_to_the_totals_themselves() -> None:
+    counter = ExpertCounter({2: 2, 5: 4}, CPU)
+    for _ in range(2):
+        counter.totals(5)[:4] += torch.tensor([0, 1, 0, 3])
+        counter.totals(5)[-1] += 2
+        counter.note_step()
+    counter.take()
+    seen = counter.take()
+    assert seen is not None
+    assert seen.active_experts == (0.0, 2.0)
+    assert (seen.hot_expert[4:6], seen.hot_share[4:6]) == ((3, 1), (0.75, 0.25))
