@@ -1,8 +1,9 @@
 """How soon a live engine dims when a burst comes: from its first request to the launch of the first dimmed step.
 
-The demo's engine in a thread of its own, as in a replica, on the wall clock: a few requests run at level 0, then many
-arrive at once. Their queue breaks the promise, and the governor sees it before the next step. So the delay is what is
-left of the step under way; for each burst both are measured, and the rows go to results/control.json as live ones.
+An engine of deploy/serve/demo-random.yaml in a thread of its own, as in a replica, on the wall clock: a few requests
+run at level 0, then many arrive at once. Their queue breaks the promise, and the governor sees it before the next step,
+so the delay is what is left of the step under way. Both are measured for each burst, and saved as live rows of
+results/control.json.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from benchmarks.loadgen.in_process import EngineClient
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.report import Slo, measure
 from benchmarks.results import RESULTS, markdown_table
-from benchmarks.scenario import REPOSITORY, load_scenario
-from benchmarks.workloads.workload import Arrival
+from benchmarks.simulator.validate import SERVE_FILE
+from benchmarks.workloads.lengths import LengthRange
+from benchmarks.workloads.workload import Arrival, endless
 from cluster.serve_file import load_serve_file
 from controller.laws.predictive import PredictiveParams
 from engine.async_engine import AsyncEngine
@@ -34,6 +36,8 @@ from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.types import BrownoutSetting, Levels, PhaseSetting
 
 SCENARIO_NAME = "cpu_reaction"
+PROMPT_TOKENS, OUTPUT_TOKENS = LengthRange(low=16, high=32), LengthRange(low=24, high=48)
+SEED = 7
 NUM_QUIET, NUM_BURST = 2, 60  # requests; 32 places
 QUIET_S = 0.3  # from the quiet requests to the burst
 
@@ -93,8 +97,8 @@ async def one_burst(engine: AsyncEngine, steps: list[tuple[float, int]], request
     )
 
 
-async def measure_bursts(serve_file: Path, scenario_file: Path, num_bursts: int) -> tuple[list[Reaction], Slo]:
-    config = load_serve_file(serve_file).config.engine_config()
+async def measure_bursts(num_bursts: int) -> tuple[list[Reaction], Slo]:
+    config = load_serve_file(SERVE_FILE).config.engine_config()
     engine = await AsyncEngine.start(config)
     margins, top = PredictiveParams(), engine.info.num_levels - 1
     engine.apply_setting(
@@ -105,12 +109,11 @@ async def measure_bursts(serve_file: Path, scenario_file: Path, num_bursts: int)
         )
     )
     try:
-        requests = load_scenario(scenario_file).requests(engine.info.vocab_size)
-        await one_burst(engine, watch(engine.brownout), requests)  # it teaches the governor this machine's steps
+        requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, engine.info.vocab_size, SEED)
         steps = watch(engine.brownout)
-        return [await one_burst(engine, steps, requests) for _ in range(num_bursts)], Slo(
-            config.slo.ttft_s, config.slo.tpot_s
-        )
+        await one_burst(engine, steps, requests)  # it teaches the governor this machine's steps
+        reactions = [await one_burst(engine, steps, requests) for _ in range(num_bursts)]
+        return reactions, Slo(config.slo.ttft_s, config.slo.tpot_s)
     finally:
         await engine.stop()
 
@@ -124,7 +127,7 @@ def row_of(seed: int, reaction: Reaction, slo: Slo) -> dict[str, Any]:
         "seed": seed,
         "attainment": metrics["slo_attainment"],
         "violation_s": metrics["violation_s"],
-        "mean_loss": 0.0,  # the demo's ladder has none
+        "mean_loss": 0.0,  # random weights have none
         "moves_per_s": reaction.moves / reaction.duration_s,
         "reaction_s": reaction.first_dimmed_s,
         "live": True,
@@ -144,13 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     with console.status(f"{arguments.bursts} bursts of {NUM_BURST} requests (half a minute)"):
-        reactions, slo = asyncio.run(
-            measure_bursts(
-                REPOSITORY / "deploy/serve/demo.yaml",
-                REPOSITORY / "benchmarks/scenarios/demo.yaml",
-                arguments.bursts,
-            )
-        )
+        reactions, slo = asyncio.run(measure_bursts(arguments.bursts))
     rows = [row_of(seed, reaction, slo) for seed, reaction in enumerate(reactions, 1)]
     save_rows(arguments.out / "control.json", SCENARIO_NAME, rows, live=True)
     keys = ("reaction_s", "step_s", "reaction_steps", "level_first", "attainment", "ttft_p90_s")
