@@ -101,9 +101,12 @@ class TenantRates:
         account.levels = take(account.levels, part, 0, num_tokens, force=True).levels
 
     def _tell(self, tenant: str, rates: Rates) -> None:
-        account = self._account(tenant, rates)
+        """What was granted without Redis, but for what has flowed in again since."""
+        account, part = self._account(tenant, rates), rates.shared_by(self._num_ingress)
         if self._shared is not None and (account.untold_requests or account.untold_tokens):
-            self._shared.settle(tenant, rates, account.untold_requests, account.untold_tokens)
+            num_requests = min(account.untold_requests, (part.requests or 0.0) - account.levels.requests)
+            num_tokens = min(account.untold_tokens, (part.tokens or 0.0) - account.levels.tokens)
+            self._shared.settle(tenant, rates, num_requests, num_tokens)
             account.untold_requests = account.untold_tokens = 0.0
 
     def _account(self, tenant: str, rates: Rates) -> _Account:
