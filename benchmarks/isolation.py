@@ -5,7 +5,8 @@
 A live cluster with a tiny model. The calm tenant sends Poisson arrivals; in every other part of the run the flooding
 tenant keeps 128 streams open beside it, twice as many as the engine has places, each sending its next request as soon
 as the last is answered. The flood comes from a process of its own. Once without admission, and then with: API keys,
-and for the flooding tenant `max_concurrent: 2`. The calm arrivals are the same in all parts of one round.
+and for the flooding tenant `max_concurrent: 1`. The calm arrivals are the same in both parts of a round, and what is
+compared is the p90 of these two; the median over the rounds counts, as other work of the machine hits single parts.
 
 Saved in results/isolation.json. Exit code 1 if, with admission, the flood moves the calm p90 by more than 10 %.
 """
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ FLOOD_LEAD_S = 2.0  # the flood has risen before the calm arrivals count
 VOCAB_SIZE = 4000
 TIMEOUT_S = 120.0
 ADMIN_TOKEN = "benchmark"
-ADMISSION: dict[str, Any] = {"tenants": {"flood": {"max_concurrent": 2, "max_queued": 256}}}
+ADMISSION: dict[str, Any] = {"tenants": {"flood": {"max_concurrent": 1, "max_queued": 256}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ async def measure(url: str, keys: dict[str, str], plan: Plan, progress: Progress
     """The calm tenant alone and beside the flood, in turns."""
     alone: list[RequestRecord] = []
     beside: list[RequestRecord] = []
-    ratios: list[float] = []
+    rounds: list[dict[str, float]] = []
     floods: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -121,12 +122,13 @@ async def measure(url: str, keys: dict[str, str], plan: Plan, progress: Progress
                 progress.advance(task)
                 alone += quiet
                 beside += flooded
-                ratios.append(_p(flooded, 90) / _p(quiet, 90))
+                rounds.append({"alone": 1e3 * _p(quiet, 90), "beside_flood": 1e3 * _p(flooded, 90)})
     return {
         "alone": _figures(alone),
         "beside_flood": _figures(beside),
-        "p90_ratio": _p(beside, 90) / _p(alone, 90),
-        "p90_ratio_by_round": ratios,
+        "p90_ratio": statistics.median(each["beside_flood"] / each["alone"] for each in rounds),
+        "p90_ratio_pooled": _p(beside, 90) / _p(alone, 90),
+        "ttft_p90_ms_by_round": rounds,
         "flood": floods,
     }
 
@@ -146,20 +148,17 @@ async def settled(url: str) -> None:
 
 
 def _p(records: Sequence[RequestRecord], percent: float) -> float:
-    return nearest_rank([record.ttft_s for record in records], percent)
+    return nearest_rank([min(record.ttft_s, TIMEOUT_S) for record in records], percent)
 
 
 def _figures(records: Sequence[RequestRecord]) -> dict[str, Any]:
-    failed = [record.error for record in records if not record.completed]
+    """A request that failed has waited for ever, as far as percentiles go; here TIMEOUT_S stands for that."""
     return {
         "requests": len(records),
-        "failed": len(failed),
-        "ttft_ms": {f"p{percent}": _finite_ms(_p(records, percent)) for percent in (50, 90, 99)},
+        "failed": sum(not record.completed for record in records),
+        "errors": sorted({record.error for record in records if record.error})[:5],
+        "ttft_ms": {f"p{percent}": 1e3 * _p(records, percent) for percent in (50, 90, 99)},
     }
-
-
-def _finite_ms(seconds: float) -> float | None:
-    return None if seconds == float("inf") else 1e3 * seconds
 
 
 def serve_file(directory: Path, with_admission: bool) -> tuple[ServeFile, dict[str, str]]:
@@ -198,7 +197,7 @@ def main() -> int:
     )
     parser.add_argument("--calm-req-s", type=float, default=40.0, help="the calm tenant's arrivals")
     parser.add_argument("--measure-s", type=float, default=5.0, help="seconds of each part")
-    parser.add_argument("--rounds", type=int, default=10, help="of both parts, with admission")
+    parser.add_argument("--rounds", type=int, default=12, help="of both parts, with admission")
     parser.add_argument("--without-rounds", type=int, default=2, help="the same without admission")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "isolation.json")
@@ -214,8 +213,7 @@ def main() -> int:
             cells = [f"{of_part[part]['ttft_ms'][p]:.1f}" for p in ("p50", "p90", "p99")]
             rows.append((name, part, str(of_part[part]["failed"]), *cells))
     print(markdown_table(("", "calm tenant", "failed", "TTFT p50 (ms)", "p90", "p99"), rows))
-    print(f"With admission the flood moves the calm tenant's p90 by {100 * (ratio - 1):+.1f} %.")
-    print(json.dumps({name: of_part["p90_ratio_by_round"] for name, of_part in figures.items()}))
+    print(f"With admission the flood moves the calm tenant's p90 by {100 * (ratio - 1):+.1f} % (median of the rounds).")
     return 1 if ratio > ALLOWED_RATIO else 0
 
 
