@@ -1,7 +1,7 @@
 """What serving costs on a CPU: the same closed loop into an engine of this process, then through HTTP to one replica.
 
-Both run at level 0 with the demo's engine configuration, one replica. The share that the serving path costs is the part
-of the engine's tokens per second that does not reach an HTTP client on the same machine.
+Both run at level 0 with the scenario's engine configuration, one replica. The share that the serving path costs is the
+part of the engine's tokens per second that does not reach an HTTP client on the same machine.
 """
 
 from __future__ import annotations

@@ -163,20 +163,35 @@ class Dimmer:
         weights = torch.where(rows.valid[:, None], routing.weights, 0)
         if cuts:
             ids, weights = self._cut(layer, ids, weights, setting_of_row, may_dim)
-        new_ids, new_weights = ids, weights
+        dimmed = Routing(ids, weights)
         if kinds.intersection((*USES_UNITED, *USES_KEEP)):
-            use = self._use(layer, ids, weights, setting_of_row, may_dim, kinds)
-            if kinds.intersection((*USES_UNITED, DimmerKind.SIMILAR)):
-                remap = self._remap(layer, use, rows.levels, kinds)  # [2, N + 1]
-                new_ids = torch.where(may_dim[:, None], remap[rows.phase[:, None], ids], ids)
-            if DimmerKind.PIGGYBACK in kinds:
-                repicks = may_dim & (self.kind[setting_of_row] == PIGGYBACK)
-                allowed = self._allowed(use, rows.levels)[rows.phase]  # [T, E]
-                assert routing.probs is not None
-                new_ids, new_weights = self._repick(new_ids, weights, routing.probs, allowed, repicks)
-        merged = self._merge_duplicates(new_ids, new_weights)
-        is_own = (routing.ids[:, :, None] == merged.ids[:, None, :]).any(dim=2) | ~may_dim[:, None]
-        return Dimmed(merged, (~is_own).sum(dim=1))
+            dimmed = self._replace(layer, dimmed, routing.probs, rows, setting_of_row, may_dim, kinds)
+        is_own = (routing.ids[:, :, None] == dimmed.ids[:, None, :]).any(dim=2) | ~may_dim[:, None]
+        return Dimmed(dimmed, (~is_own).sum(dim=1))
+
+    def _replace(
+        self,
+        layer: int,
+        routing: Routing,
+        probs: Tensor | None,
+        rows: RowInfo,
+        setting_of_row: Tensor,
+        may_dim: Tensor,
+        kinds: set[DimmerKind],
+    ) -> Routing:
+        """Give pairs other experts: united, similar or active ones. Pairs that meet in one become one."""
+        ids, weights = routing.ids, routing.weights
+        use = self._use(layer, ids, weights, setting_of_row, may_dim, kinds)
+        new_ids, new_weights = ids, weights
+        if kinds.intersection((*USES_UNITED, DimmerKind.SIMILAR)):
+            remap = self._remap(layer, use, rows.levels, kinds)  # [2, N + 1]
+            new_ids = torch.where(may_dim[:, None], remap[rows.phase[:, None], ids], ids)
+        if DimmerKind.PIGGYBACK in kinds:
+            repicks = may_dim & (self.kind[setting_of_row] == PIGGYBACK)
+            allowed = self._allowed(use, rows.levels)[rows.phase]  # [T, E]
+            assert probs is not None
+            new_ids, new_weights = self._repick(new_ids, weights, probs, allowed, repicks)
+        return self._merge_duplicates(new_ids, new_weights)
 
     def _used(self, rows: RowInfo) -> tuple[set[DimmerKind], bool]:
         """Which dimmers the step may need, and whether any setting cuts; all of them where the host cannot know."""
