@@ -210,7 +210,8 @@ class Calibration:
                 device=options.device,
                 kernels=kernels,
                 cuda_graphs=kernels != "torch",
-            )
+            ),
+            any_dimmer=True,
         )
 
 

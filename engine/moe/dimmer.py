@@ -93,27 +93,28 @@ class Dimmer:
         self.top_k = table(num_layers)  # [S, L]
         self._kinds: tuple[DimmerKind, ...] = ()
         self._cuts: tuple[bool, ...] = ()
-        self._captured: tuple[frozenset[DimmerKind], bool] | None = None  # what captured graphs can do
+        self._compiled: tuple[frozenset[DimmerKind], bool] | None = None  # see `compile_for`
         self.set_settings(settings)
 
     @property
     def kinds(self) -> frozenset[DimmerKind]:
-        """Of the settings. Kernels have no code for the others."""
-        return frozenset(self._kinds)
+        """Of the settings, or all that kernels shall have code for."""
+        return frozenset(self._kinds) if self._compiled is None else self._compiled[0]
 
     @property
     def cuts(self) -> bool:
-        """Whether some setting has a top_k."""
-        return any(self._cuts)
+        """Whether some setting has a top_k, or may get one."""
+        return any(self._cuts) if self._compiled is None else self._compiled[1]
 
     @property
     def keeps(self) -> bool:
         """Whether some setting asks for the best ``keep`` of each row."""
         return not self.kinds.isdisjoint((DimmerKind.PIGGYBACK, DimmerKind.SIMILAR))
 
-    def note_capture(self) -> None:
-        """Graphs have been captured with the kernels of these settings: from now on no others can be set."""
-        self._captured = self.kinds, self.cuts
+    def compile_for(self, everything: bool) -> None:
+        """Call before graphs capture kernels: these have code for the dimmers of the settings only, and from now on no
+        others can be set; or they have it for ``everything``."""
+        self._compiled = (frozenset(DimmerKind), True) if everything else (self.kinds, self.cuts)
 
     def check_settings(self, settings: Sequence[DimSetting]) -> None:
         """Raises ConfigError for settings that this model or this engine cannot be dimmed by."""
@@ -124,8 +125,8 @@ class Dimmer:
             setting.check(num_layers, num_experts, self.num_experts_per_token)
             if setting.kind is DimmerKind.SIMILAR and self.similarity is None:
                 raise ConfigError(f"level {setting.name} needs brownout.similarity, a file of expert similarities")
-            if self._captured is not None:
-                kinds, cuts = self._captured
+            if self._compiled is not None:
+                kinds, cuts = self._compiled
                 if setting.kind not in kinds or (setting.top_k and not cuts):
                     known = ", ".join(kind.name.lower() for kind in DimmerKind if kind in kinds)
                     raise ConfigError(

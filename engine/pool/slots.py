@@ -54,8 +54,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_slot(config: EngineConfig) -> ModelSlot:
-    """Load a model. Raises ConfigError or CheckpointError, in one sentence."""
+def load_slot(config: EngineConfig, any_dimmer: bool = False) -> ModelSlot:
+    """Load a model. Raises ConfigError or CheckpointError, in one sentence.
+
+    ``any_dimmer``: other settings than the ladder's will be tried, so that captured kernels need the code for all.
+    """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)  # of the calling thread, which is the one that runs the model
     directory = Path(config.model.path)
@@ -82,12 +85,12 @@ def load_slot(config: EngineConfig) -> ModelSlot:
     if config.cuda_graphs and kernels.name == "triton":
         from engine.graphs import StepGraphs
 
+        if dimming.num_dimmed_layers:
+            dimming.dimmer.compile_for(any_dimmer)
         scheduler, graphable = config.scheduler, attention.decode_backend.graphable
         max_rows = scheduler.max_num_batched_tokens
         graphs = StepGraphs(model, kv, max_model_len, scheduler.max_num_seqs, max_rows, graphable, device)
         log_graphs(plan, device)
-        if dimming.num_dimmed_layers:
-            dimming.dimmer.note_capture()
     return ModelSlot(spec, dimming, model, kv, graphs, counter, max_model_len, device)
 
 

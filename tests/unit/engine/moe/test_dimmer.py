@@ -287,8 +287,11 @@ def test_settings_can_be_replaced_in_place() -> None:
 def test_captured_kernels_are_asked_for_nothing_they_were_not_compiled_for() -> None:
     united = FAMILIES["2-way"]
     dimmer = make_dimmer(8, 2, settings=[DimSetting(), *united])
-    dimmer.note_capture()
+    dimmer.compile_for(everything=False)
     dimmer.set_settings([DimSetting(), united[0], DimSetting(DimmerKind.UNITED, way=4, share=1.0)])
     for other in (DimSetting(DimmerKind.PIGGYBACK, keep=1), DimSetting(DimmerKind.UNITED, way=2, share=1, top_k=(1,))):
         with pytest.raises(ConfigError, match="allowed while serving: exact, united without a top_k"):
             dimmer.set_settings([DimSetting(), other])
+    dimmer.compile_for(everything=True)
+    dimmer.set_settings([DimSetting(), DimSetting(DimmerKind.TOPK, top_k=(1,))])
+    assert dimmer.kinds == frozenset(DimmerKind) and dimmer.cuts
