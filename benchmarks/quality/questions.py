@@ -29,11 +29,12 @@ class Question:
         return self.header + self.context
 
 
-def make_request(context: str, continuation: str, encode: Encode) -> Request:
-    """Token ids of both, and where the continuation starts."""
+def make_request(context: str, continuation: str, encode: Encode, max_tokens: int | None = None) -> Request:
+    """Token ids of both, and where the continuation starts; of what is too long, the end (as lm-evaluation-harness)."""
     ids = encode(context + continuation)
     start = min(len(encode(context)), len(ids) - 1)
-    return Request(tuple(ids), max(1, start))
+    first = 0 if max_tokens is None else max(0, len(ids) - max_tokens)
+    return Request(tuple(ids[first:]), max(1, start - first))
 
 
 def accuracy(questions: Sequence[Question], scorer: Scorer, encode: Encode, max_tokens: int | None = None) -> float:
@@ -42,7 +43,7 @@ def accuracy(questions: Sequence[Question], scorer: Scorer, encode: Encode, max_
     for question in questions:
         prompt = question.prompt(encode, max_tokens)
         for choice in question.choices:
-            requests.append(make_request(prompt, choice, encode))
+            requests.append(make_request(prompt, choice, encode, max_tokens))
             lengths.append(len(choice.encode()))
     scores = [score / length for score, length in zip(scorer.score(requests), lengths, strict=True)]
     num_right, start = 0, 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.questions import Question, accuracy
+from benchmarks.quality.questions import Question, accuracy, make_request
 from benchmarks.quality.scoring import Request, TokenScore
 from benchmarks.quality.tasks import load_task
 
@@ -99,3 +99,9 @@ def test_the_likeliest_letter_is_the_answer_given() -> None:
 
     questions = [Question("?", tuple("ABCD"), answer) for answer in (0, 1, 1, 3)]
     assert [accuracy(questions, Likes(letter), encode) for letter in "ABC"] == [0.25, 0.5, 0.0]
+
+
+def test_of_a_prompt_that_is_too_long_the_end_is_asked() -> None:
+    whole, cut = (make_request("abcdef", "gh", lambda text: [ord(c) for c in text], limit) for limit in (None, 5))
+    assert (bytes(whole.ids), whole.start) == (b"abcdefgh", 6)
+    assert (bytes(cut.ids), cut.start) == (b"defgh", 3)
