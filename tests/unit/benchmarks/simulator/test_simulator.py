@@ -117,6 +117,30 @@ def test_a_large_fleet_is_sampled() -> None:
     assert sum(len(log.records) for log in outcome.logs) == len(traffic.requests)
 
 
+def test_a_split_gives_the_first_replica_its_share() -> None:
+    scenario = small(**{"fleet.replicas": 3, "fleet.routing": "split", "fleet.first_share": 0.1})
+    traffic = Traffic(tuple(Request(0.01 * i, 16, 4) for i in range(200)), 2.0)
+    outcome = SimulatedCluster(scenario, policy_of("none", scenario), 1).run(traffic)
+    first, *others = (len(log.records) for log in outcome.logs)
+    assert first == 20
+    assert sum(others) == 180 and min(others) > 60
+
+
+def test_a_slow_replica_is_sent_less_and_dims_less_than_by_shortest_queue() -> None:
+    """The policy learns how slow it is from the loads that it publishes; nobody dims while others have room."""
+    fleet = {"fleet.replicas": 2, "fleet.speeds": [0.5]}
+    capacity_req_s = measure_capacity(small(**fleet))
+    phases = {"traffic.phases": [{"name": "load", "duration_s": 8, "load": 0.8}]}
+    by_policy, by_queue = (
+        run_once(small(**fleet, **phases, **{"fleet.routing": routing}), "predictive", 1, capacity_req_s)
+        for routing in ("load", "shortest_queue")
+    )
+    slow, fast = (len(log.records) for log in by_policy.outcome.logs)
+    assert slow < fast / 2
+    assert by_policy.row.mean_loss < by_queue.row.mean_loss / 2
+    assert by_policy.row.attainment >= by_queue.row.attainment
+
+
 @pytest.mark.parametrize("name", SCENARIO_NAMES)
 def test_every_scenario_can_be_read(name: str) -> None:
     scenario = load_scenario(name)
