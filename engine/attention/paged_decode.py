@@ -66,8 +66,10 @@ def even_parts(num_sequences: int, num_kv_heads: int, num_cores: int) -> int:
 
 
 def max_parts(num_sequences: int, even: int) -> int:
-    """P of a step."""
-    return num_sequences * even + max(SPARE_PARTS, num_sequences // 4)
+    """P of a step. Where contexts are cut evenly anyhow, that many parts are enough to cut them unevenly."""
+    if even > 1:
+        return num_sequences * even
+    return num_sequences + max(SPARE_PARTS, num_sequences // 4)
 
 
 def plan(context_lens: Tensor, num_kv_heads: int, num_parts: int) -> DecodePlan:
@@ -99,7 +101,8 @@ def paged_decode(
     log_sums = queries.new_empty(num_parts, num_heads, dtype=torch.float32)
     # The plan is read before the wait, when only older kernels are sure to have ended: behind it, no early start.
     options = {"DEPENDENT": False} if first else launch_options(queries.device)
-    _paged_decode_kernel[(num_parts, num_kv_heads)](
+    # Heads first: parts that do not exist then come last and leave no gaps among the cores.
+    _paged_decode_kernel[(num_kv_heads, num_parts)](
         queries, keys, values, block_table, plan.parts, plan.first_parts, plan.arrived, out, wide, log_sums,
         queries.stride(0), block_table.stride(0), num_kv_heads, head_dim**-0.5,
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
@@ -149,7 +152,7 @@ def _paged_decode_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    part, kv_head = tl.program_id(0), tl.program_id(1)
+    kv_head, part = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(parts_ptr + part * COLUMNS)
     start = tl.load(parts_ptr + part * COLUMNS + 1)
     end = tl.load(parts_ptr + part * COLUMNS + 2)

@@ -52,7 +52,7 @@ def test_sampled_requests_overlap_and_get_the_same_tokens(gpu: torch.device, tmp
         {"temperature": 0},
         {"temperature": 1.0},
         {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 5.0, "top_p": 0.99},
+        {"temperature": 2.0, "top_p": 0.99},
         {"temperature": 0.7, "top_k": 20, "min_p": 0.02},
         {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
         {"temperature": 0, "logprobs": 3, "min_tokens": 5, "stop_token_ids": (7, 8)},
