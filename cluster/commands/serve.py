@@ -32,7 +32,9 @@ def serve(config: Path, port: int | None) -> None:
         with console.status("starting Ray, Redis, the controller, the ingress and the replicas"):
             cluster = LocalCluster.start(config, port)
         with cluster:
-            welcome = _welcome(cluster.url, cluster.dashboard_url, cluster.file.config.model.served_name)
+            first = cluster.file.config
+            wants_keys = first.admission is not None and first.admission.wants_keys
+            welcome = _welcome(cluster.url, cluster.dashboard_url, first.model.served_name, wants_keys)
             console.print(welcome, soft_wrap=True)  # the command in it is there to be copied
             try:
                 while True:
@@ -43,9 +45,10 @@ def serve(config: Path, port: int | None) -> None:
                 console.print("stopping")
 
 
-def _welcome(url: str, dashboard_url: str, model: str) -> str:
+def _welcome(url: str, dashboard_url: str, model: str, wants_keys: bool) -> str:
+    key = " -H 'authorization: Bearer KEY'" if wants_keys else ""
     return (
         f"[bold]{model}[/bold] is served at [bold]{url}[/bold] (dashboard {dashboard_url}); Ctrl-C ends it\n"
-        f"""  curl {url}/v1/completions -H 'content-type: application/json' \\\n"""
+        f"""  curl {url}/v1/completions -H 'content-type: application/json'{key} \\\n"""
         f"""    -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'"""
     )
