@@ -137,7 +137,7 @@ def test_a_slow_replica_is_sent_less_and_dims_less_than_by_shortest_queue() -> N
     )
     slow, fast = (len(log.records) for log in by_policy.outcome.logs)
     assert slow < fast / 2
-    assert by_policy.row.mean_loss < by_queue.row.mean_loss / 2
+    assert by_policy.row.mean_loss < 0.6 * by_queue.row.mean_loss
     assert by_policy.row.attainment >= by_queue.row.attainment
 
 
