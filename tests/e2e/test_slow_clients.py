@@ -62,8 +62,13 @@ def test_slow_requests_are_cut_off_wherever_they_are_slow(
 
 def test_one_client_cannot_take_all_connections(cluster: LocalCluster) -> None:
     with ExitStack() as stack:
-        clients = [stack.enter_context(connected(cluster)) for _ in range(MAX_CLIENT_CONNECTIONS + 50)]
+        clients, num_reset = [], 0
+        for _ in range(MAX_CLIENT_CONNECTIONS + 50):
+            try:
+                clients.append(stack.enter_context(connected(cluster)))
+            except ConnectionResetError:  # the proxy was quicker with its reset than we with the handshake
+                num_reset += 1
         time.sleep(0.3)
-        refused, _, _ = select.select(clients, [], [], 0)  # the others are still asked for their headers
-        assert 40 <= len(refused) <= 60  # the proxy's threads count side by side
+        closed, _, _ = select.select(clients, [], [], 0)  # the others are still asked for their headers
+        assert 40 <= num_reset + len(closed) <= 60  # the proxy's threads count side by side
     assert serves(cluster)
