@@ -34,6 +34,9 @@ class EngineBackend:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
+    def start(self) -> None:
+        """The engine runs already."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         return self._engine.generate(request)
 

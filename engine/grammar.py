@@ -72,7 +72,7 @@ class GrammarCompiler:
             self._for_library = LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=eos_ids)
         matcher = LLMatcher(self._for_library, grammar, log_level=0)
         if matcher.is_error():
-            raise InvalidRequestError(f"the grammar cannot be used: {matcher.get_error()}", "response_format")
+            raise InvalidRequestError(f"the grammar cannot be used: {matcher.get_error()}", "grammar")
         return matcher
 
 

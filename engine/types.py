@@ -151,6 +151,7 @@ class GenerationRequest:
 
     Of waiting requests the one with the least ``priority`` goes first. ``traceparent`` is the W3C trace context that
     the request belongs to, for log lines; empty: none. Requests of one ``session_id`` go to one replica if they can.
+    Cached prefixes are shared by requests of one ``cache_salt`` only.
     """
 
     request_id: str
@@ -161,6 +162,7 @@ class GenerationRequest:
     priority: int = 0
     traceparent: str = ""
     session_id: str = ""
+    cache_salt: str = ""
 
     @property
     def log_fields(self) -> dict[str, str | None]:

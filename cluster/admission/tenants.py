@@ -19,8 +19,8 @@ class TenantLimits:
 
     ``service_class``: of requests that name none; ``may_ask_full``: whether they may refuse to be dimmed.
     ``requests_per_minute``, ``tokens_per_minute`` (prompt and answer): a minute's worth may come at once.
-    ``max_concurrent``: requests in a model's engines at a time; others wait, at most ``max_queued`` in each ingress
-    replica, more get 429.
+    ``max_concurrent``: requests in a model's engines at a time; others wait, at most ``max_queued`` for each model in
+    each ingress replica, more get 429.
     ``weight``: its share of the engines' tokens, against those of other tenants that also wait.
     ``ttft_s``: how long its requests may wait for their first token before some are refused, by default the model's
     SLO. ``models``: names it may use, by default all.

@@ -98,9 +98,10 @@ class Admission:
         counts = self.counts.setdefault(tenant.name, TenantCounts())
         limits = tenant.limits
         cap = self._cap(limits)
-        if cap is not None and counts.num_held >= cap + limits.max_queued:
+        lanes = [lane for model, lane in self.lanes.items() if limits.may_use(model)]  # which one is not known yet
+        if cap is not None and counts.num_held >= len(lanes) * (cap + limits.max_queued):
             message = f"{counts.num_held} requests of this tenant are served or wait already"
-            raise self._refuse(tenant, Outcome.QUEUE_FULL, message, self._drain_s(tenant))
+            raise self._refuse(tenant, Outcome.QUEUE_FULL, message, _drain_s(tenant, lanes))
         early = self.rates.early_refusal(tenant.name) if limits.requests_per_minute is not None else None
         if early is not None:
             raise self._rate_refusal(tenant, early)
@@ -208,8 +209,8 @@ class Admission:
             return
         if flow.num_waiting > tenant.limits.max_queued:
             lane.queue.remove(ticket, time.monotonic())
-            message = f"{flow.num_waiting} requests of this tenant wait already"
-            raise self._refuse(tenant, Outcome.QUEUE_FULL, message, self._drain_s(tenant))
+            message = f"{flow.num_waiting} requests of this tenant wait for the model already"
+            raise self._refuse(tenant, Outcome.QUEUE_FULL, message, _drain_s(tenant, [lane]))
         turn = lane.turns[ticket] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(max_wait_s):
@@ -223,7 +224,7 @@ class Admission:
             self._pump(lane)
             if isinstance(error, TimeoutError):
                 message = f"no place became free within {max_wait_s:g} s"
-                raise self._refuse(tenant, Outcome.QUEUE_TIMEOUT, message, self._drain_s(tenant)) from error
+                raise self._refuse(tenant, Outcome.QUEUE_TIMEOUT, message, _drain_s(tenant, [lane])) from error
             raise
 
     def _pump(self, lane: Lane, arrived: Ticket | None = None) -> None:
@@ -247,11 +248,6 @@ class Admission:
         """This process's part of the tenant's ``max_concurrent``."""
         return None if limits.max_concurrent is None else max(1, math.ceil(limits.max_concurrent / self._num_ingress))
 
-    def _drain_s(self, tenant: Tenant) -> float:
-        """Until the tenant's queue has drained as it does now."""
-        waits = [lane.drain(tenant.name).wait_s(lane.queue.cost_ahead(tenant.name)) for lane in self.lanes.values()]
-        return max((wait_s for wait_s in waits if wait_s), default=DEFAULT_RETRY_AFTER_S)
-
     def _rate_refusal(self, tenant: Tenant, answer: RateAnswer) -> ApiError:
         rates = rates_of(tenant.limits)
         by_requests = answer.short is RateKind.REQUESTS
@@ -274,6 +270,12 @@ class Admission:
         if retry_after_s is not None:
             retry_after_s = min(retry_after_s, MAX_RETRY_AFTER_S)
         return ApiError(outcome, message, retry_after_s=retry_after_s, more_headers=headers)
+
+
+def _drain_s(tenant: Tenant, lanes: Sequence[Lane]) -> float:
+    """Until the tenant's queues have drained as they do now."""
+    waits = [lane.drain(tenant.name).wait_s(lane.queue.cost_ahead(tenant.name)) for lane in lanes]
+    return max((wait_s for wait_s in waits if wait_s), default=DEFAULT_RETRY_AFTER_S)
 
 
 def rates_of(limits: TenantLimits) -> Rates:

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 class Backend(Protocol):
     """What the API is served from."""
 
+    def start(self) -> None:
+        """Get to know the engines, so that the first request need not wait for that; on the event loop."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs until a finish_reason; closing it aborts the request.
 
@@ -59,15 +63,21 @@ class ServeBackend:
     def __init__(self, engines: DeploymentHandle, router: Router) -> None:
         self._engines = engines
         self._router = router
-        self._fleet = Fleet(self.reports, router.forget)
+        self._fleet = Fleet(self.reports, router.watch, router.forget)
         self._retries = RetryBudget(time.monotonic())
+
+    def start(self) -> None:
+        self._fleet.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         self._retries.earn(time.monotonic())
         while True:
             if not self._fleet.channels() and not await self._fleet.wait_for_replica(NO_REPLICA_TIMEOUT_S):
                 raise _unavailable()
+            await self._router.wait_for_loads(tuple(self._fleet.channels()))
             channels = self._fleet.channels()
+            if not channels:
+                continue
             channel = channels[self._router.pick(request, {name: c.num_open for name, c in channels.items()})]
             try:
                 async with aclosing(channel.generate(request)) as outputs:
@@ -93,7 +103,6 @@ class ServeBackend:
         return self._fleet.info
 
     async def reports(self) -> list[ReplicaReport]:
-        self._fleet.start()  # so that who asks whether all is ready also makes it so
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 # Each by itself: the public results_async() gives all answers or, if one replica hangs, none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from cluster.reports import ReplicaReport
@@ -23,8 +23,14 @@ logger = logging.getLogger(__name__)
 class Fleet:
     """Keeps a channel to each replica that ``ask`` reports. All methods belong to one event loop."""
 
-    def __init__(self, ask: Callable[[], Awaitable[list[ReplicaReport]]], on_gone: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        ask: Callable[[], Awaitable[list[ReplicaReport]]],
+        on_known: Callable[[Sequence[str]], None],
+        on_gone: Callable[[str], None],
+    ) -> None:
         self._ask = ask
+        self._on_known = on_known  # told the ids of all that take requests when there are more
         self._on_gone = on_gone  # told the id of a replica that takes no requests any more
         self._channels: dict[str, ReplicaChannel] = {}
         self._leaving: dict[str, ReplicaChannel] = {}  # get nothing new, but still serve what they have
@@ -118,4 +124,5 @@ class Fleet:
 
     def _add(self, channel: ReplicaChannel) -> None:
         self._channels[channel.replica_id] = channel
+        self._on_known(tuple(self._channels))
         self._changed.set()

@@ -22,7 +22,7 @@ from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.stream import EventStreamResponse, UsageEvents, generate_all, sse_events, without_answer
 from cluster.ingress.tool_calls import ToolCallParser
 from cluster.ingress.visit import Visit
-from engine.types import ModelInfo, RequestOutput
+from engine.types import InvalidRequestError, ModelInfo, RequestOutput
 
 LEVEL_HEADER, SHARE_HEADER, SETTING_HEADER = "x-brownout-level", "x-brownout-share", "x-brownout-setting"
 IGNORED_HEADER = "x-ignored-fields"
@@ -71,8 +71,7 @@ class Generation:
         model = service.model(body.model, visit.tenant)
         info = await model.backend.info()
         traceparent = visit.trace.traceparent
-        limits = visit.tenant.limits
-        job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent, limits)
+        job = await make_job(body, request.headers, visit.request_id, info, model.tokenizer, traceparent, visit.tenant)
         visit.begin(job.requests, bool(body.stream))
         headers = self._ignored(body)
         if service.admission is not None:
@@ -147,10 +146,15 @@ class Generation:
             job.num_choices_per_prompt,
             visit.arrived_s + self._service.config.max_stream_s,
         )
-        async with aclosing(without_answer(outputs) if job.echo_only else outputs) as items:
-            async for item in items:
-                visit.note_output()
-                yield item
+        try:
+            async with aclosing(without_answer(outputs) if job.echo_only else outputs) as items:
+                async for item in items:
+                    visit.note_output()
+                    yield item
+        except InvalidRequestError as error:
+            if error.param != "grammar":
+                raise
+            raise InvalidRequestError(f"{job.grammar_param}: {error.message}", job.grammar_param) from error
 
     def _shape(self, visit: Visit, job: Job, body: GenerationBody, model: ServedModel) -> Endpoint:
         return self.route.endpoint(

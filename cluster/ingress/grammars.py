@@ -56,6 +56,12 @@ def answer_grammar(body: GenerationBody) -> str | None:
     return None
 
 
+def grammar_param(body: GenerationBody) -> str:
+    """The field that asks for the grammar of `answer_grammar`, for errors."""
+    form = body.form
+    return "tools" if form is None or (isinstance(body, ChatBody) and body.required_tools) else form.param
+
+
 def _form_grammar(form: Form) -> str:
     """Raises ApiError."""
     what = "the schema" if form.kind == "json" else "it"

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.admission.tenants import UNLIMITED, TenantLimits
+from cluster.admission.tenants import Tenant, TenantLimits
 from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.grammars import answer_grammar
+from cluster.ingress.grammars import answer_grammar, grammar_param
 from cluster.ingress.schemas import INT64, CompletionBody, GenerationBody
 from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
@@ -35,6 +35,7 @@ class Job:
     echo_texts: tuple[str, ...] = ()
     echo_only: bool = False  # max_tokens 0: the engine's one token is not part of the answer
     parses_tools: bool = False
+    grammar_param: str | None = None  # the field that the answer's grammar comes from
 
 
 def service_class(
@@ -72,11 +73,11 @@ async def make_job(
     request_id: str,
     info: ModelInfo,
     tokenizer: Tokenizer,
-    traceparent: str = "",
-    limits: TenantLimits = UNLIMITED,
+    traceparent: str,
+    tenant: Tenant,
 ) -> Job:
     """Raises ApiError or InvalidRequestError naming the field."""
-    consent = service_class(body, headers, info, limits)
+    consent = service_class(body, headers, info, tenant.limits)
     prompts, field = await _prompts(body, tokenizer)
     num_choices = body.num_choices
     if len(prompts) * num_choices > MAX_CHOICES:
@@ -103,6 +104,7 @@ async def make_job(
                     priority=body.priority or 0,
                     traceparent=traceparent,
                     session_id=session_id,
+                    cache_salt=cache_salt(body, tenant),
                 )
             )
     return Job(
@@ -111,7 +113,14 @@ async def make_job(
         echo_texts=_echo_texts(body, prompts, tokenizer),
         echo_only=body.length_limit[1] == 0,
         parses_tools=isinstance(body, ChatBody) and bool(body.offered_tools),
+        grammar_param=None if grammar is None else grammar_param(body),
     )
+
+
+def cache_salt(body: GenerationBody, tenant: Tenant) -> str:
+    """Who shares cached prefixes: within a tenant, requests of one ``cache_salt``. Tenants' names hold no newline."""
+    own = body.cache_salt or ""
+    return f"{tenant.name}\n{own}" if tenant.key_id else own
 
 
 def _of_choice(sampling: SamplingParams, number: int) -> SamplingParams:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import cache
 
 from fastapi import FastAPI, Request, Response
@@ -17,7 +19,14 @@ API_VERSION = "1"  # of the paths under /v1
 
 def create_api(service: OpenAIService) -> FastAPI:
     """All routes of one ingress replica."""
-    api = FastAPI(title="BrownoutServe", version=API_VERSION, docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for model in service.models.values():
+            model.backend.start()
+        yield
+
+    api = FastAPI(title="BrownoutServe", version=API_VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
     api.openapi = cache(lambda: document(api.title, api.version))  # type: ignore[method-assign]
     for group in (generation, tokens, operations):
         group.add_routes(api, service)

@@ -109,6 +109,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: Annotated[int, Field(ge=-INT32, lt=INT32)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     brownout: BrownoutOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -1,7 +1,8 @@
 """Which replicas have probably cached the beginning of a prompt: those to which this process sent such prompts. Pure.
 
-Prompts are cut into blocks of BLOCK_TOKENS; a block's key hashes it together with all blocks before it, so equal keys
-mean equal beginnings. The least recently used keys are forgotten: so does the replica's own cache.
+Prompts are cut into blocks of BLOCK_TOKENS; a block's key hashes it together with all blocks before it and the salt of
+the request, so equal keys mean equal beginnings that may be shared. The least recently used keys are forgotten: so does
+the replica's own cache.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ class PrefixIndex:
         self._capacity_blocks = capacity_blocks
         self._replicas: OrderedDict[int, set[str]] = OrderedDict()  # block key |-> replicas that were sent it
 
-    def match(self, prompt_ids: Sequence[int]) -> dict[str, int]:
+    def match(self, prompt_ids: Sequence[int], salt: str = "") -> dict[str, int]:
         """replica_id |-> tokens of the prompt's beginning that it has probably cached; absent: none."""
         cached: dict[str, int] = {}
         candidates: set[str] | None = None
-        for number, key in enumerate(_keys(prompt_ids), start=1):
+        for number, key in enumerate(_keys(prompt_ids, salt), start=1):
             holders = self._replicas.get(key)
             if not holders:
                 break
@@ -34,9 +35,9 @@ class PrefixIndex:
             cached |= dict.fromkeys(candidates, number * BLOCK_TOKENS)
         return cached
 
-    def insert(self, prompt_ids: Sequence[int], replica_id: str) -> None:
+    def insert(self, prompt_ids: Sequence[int], replica_id: str, salt: str = "") -> None:
         """The replica was sent this prompt."""
-        for key in _keys(prompt_ids):
+        for key in _keys(prompt_ids, salt):
             self._replicas.setdefault(key, set()).add(replica_id)
             self._replicas.move_to_end(key)
         while len(self._replicas) > self._capacity_blocks:
@@ -53,9 +54,9 @@ class PrefixIndex:
         return len(self._replicas)
 
 
-def _keys(prompt_ids: Sequence[int]) -> Iterator[int]:
+def _keys(prompt_ids: Sequence[int], salt: str) -> Iterator[int]:
     """One key for each whole block, from the first."""
-    key = 0
+    key = hash(salt)
     for start in range(0, min(len(prompt_ids), MAX_BLOCKS * BLOCK_TOKENS) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         key = hash((key, tuple(prompt_ids[start : start + BLOCK_TOKENS])))
         yield key

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
@@ -46,6 +47,7 @@ class LoadRegistry:
         self._untold: Counter[tuple[str, int]] = Counter()
         self._told: Counter[tuple[str, int]] = Counter()  # by every process, as of the last exchange
         self._has_untold = asyncio.Event()
+        self._has_tried = asyncio.Event()  # whatever came of it
         self._num_failures = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -54,6 +56,13 @@ class LoadRegistry:
         self._replica_ids = tuple(replica_ids)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name="load-registry")
+
+    async def first_exchange(self, timeout_s: float) -> None:
+        """Returns once the first exchange has ended, well or not; later calls return at once."""
+        if not self._has_tried.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._has_tried.wait()
 
     def loads(self) -> Mapping[str, ReplicaLoad]:
         """Loads within their lease, as of the last exchange; empty when that is too long ago."""
@@ -117,6 +126,7 @@ class LoadRegistry:
             except (RedisError, OSError, ValueError, TypeError) as error:
                 self._untold.clear()  # old news by the time Redis is back
                 self._count_failure(error)
+            self._has_tried.set()
             await self._pause()
 
     async def _pause(self) -> None:

@@ -1,13 +1,14 @@
 """The router of one ingress process: it puts what the policy needs together and asks it.
 
-Nothing here waits: the loads are a cache of Redis, and without Redis the requests that this process holds decide.
+The loads are a cache of Redis, and without Redis the requests that this process holds decide: a pick waits for nothing
+but, in a process that has just begun, for the first loads to come, FIRST_LOADS_S at most.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 from cluster.logs import fields
@@ -15,6 +16,8 @@ from cluster.router.policy import Demand, rank
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.registry import LoadRegistry
 from engine.types import GenerationRequest, ServiceClass
+
+FIRST_LOADS_S = 0.005
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +29,22 @@ class Router:
         self._registry = registry
         self._prefixes = PrefixIndex()
 
+    def watch(self, replica_ids: Sequence[str]) -> None:
+        """These are the replicas: learn their loads before a request comes."""
+        self._registry.watch(replica_ids)
+
+    async def wait_for_loads(self, replica_ids: Sequence[str]) -> None:
+        """Before a pick: a process's first requests would else all be routed by its own count."""
+        self._registry.watch(replica_ids)
+        await self._registry.first_exchange(FIRST_LOADS_S)
+
     def pick(self, request: GenerationRequest, num_held: Mapping[str, int]) -> str:
         """One of the replicas in ``num_held``: those that take requests, each with the requests sent from here."""
         self._registry.watch(tuple(num_held))
         demand = Demand(
             num_prompt_tokens=len(request.prompt_ids),
             exact=request.service_class is ServiceClass.FULL,
-            cached_tokens=self._prefixes.match(request.prompt_ids),
+            cached_tokens=self._prefixes.match(request.prompt_ids, request.cache_salt),
             home=home_of(request.session_id, num_held) if request.session_id else None,
         )
         order = rank(tuple(num_held), self._registry.loads(), self._registry.num_picked(), random.random, demand)
@@ -41,7 +53,7 @@ class Router:
         else:
             picked = order[0]
             self._registry.count_pick(picked)
-        self._prefixes.insert(request.prompt_ids, picked)
+        self._prefixes.insert(request.prompt_ids, picked, request.cache_salt)
         if logger.isEnabledFor(logging.INFO):
             choice = {"replica_id": picked, "by": "own count" if order is None else "load", "of": len(num_held)}
             logger.info("routed", extra=fields({**request.log_fields, **choice}))

@@ -60,25 +60,27 @@ class BlockManager:
         """Blocks in the prefix index, used or evictable."""
         return len(self._prefix)
 
-    def start(self, request_id: str, token_ids: Sequence[int], exact_only: bool) -> int:
+    def start(self, request_id: str, token_ids: Sequence[int], exact_only: bool, salt: str = "") -> int:
         """Open a sequence and attach the longest cached chain of full blocks; returns the tokens it covers.
 
         At least the last token is left to compute, for its logits. With ``exact_only`` only blocks computed wholly
-        undimmed, with their prefix, are taken. Raises ValueError if the sequence is already open.
+        undimmed, with their prefix, are taken. Blocks are shared with sequences of the same ``salt``. Raises
+        ValueError if the sequence is already open.
         """
         if request_id in self._sequences:
             raise ValueError(f"sequence {request_id} is already open")
         sequence = self._sequences[request_id] = _SequenceBlocks(cursor=None)
         if not self.prefix_caching:
             return 0
-        chain = self._prefix.match(token_ids, (len(token_ids) - 1) // self.block_size, exact_only)
+        origin = self._prefix.origin(salt)
+        chain = self._prefix.match(origin, token_ids, (len(token_ids) - 1) // self.block_size, exact_only)
         for node in chain:
             assert node.block_id is not None
             self._acquire(node.block_id)
             sequence.table.append(node.block_id)
             sequence.level = max(sequence.level, node.level)
         sequence.num_computed = len(chain) * self.block_size
-        self._move_cursor(sequence, chain[-1] if chain else self._prefix.root)
+        self._move_cursor(sequence, chain[-1] if chain else origin)
         return sequence.num_computed
 
     def reserve(self, request_id: str, num_tokens: int) -> bool:

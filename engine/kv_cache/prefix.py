@@ -2,6 +2,9 @@
 
 A trie with one block of tokens per edge. A node stands for a whole prefix, so a match cannot be wrong: the tokens
 themselves are compared, block by block, and no two prefixes share a node as they could share a hash.
+
+Each salt has a trie of its own, below an edge of its own: how fast an answer begins would else tell one tenant what
+another one has sent.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ class PrefixNode:
 
     __slots__ = ("block_id", "children", "level", "num_pins", "parent", "tokens")
 
-    def __init__(self, parent: PrefixNode | None, tokens: bytes) -> None:
+    def __init__(self, parent: PrefixNode | None, tokens: bytes | str) -> None:
         self.parent = parent
-        self.tokens = tokens  # of the last block of the prefix, packed
-        self.children: dict[bytes, PrefixNode] = {}
+        self.tokens = tokens  # of the last block of the prefix, packed; or the salt, above the first block
+        self.children: dict[bytes | str, PrefixNode] = {}
         self.block_id: int | None = None
         self.level = 0  # the highest at which the block or any before it was computed
         self.num_pins = 0
@@ -42,10 +45,16 @@ class PrefixIndex:
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._node_of_block
 
-    def match(self, token_ids: Sequence[int], max_blocks: int, exact_only: bool) -> list[PrefixNode]:
+    def origin(self, salt: str) -> PrefixNode:
+        """The empty prefix of ``salt``, made if it is new; prune it by pinning and unpinning it."""
+        return self._child(self.root, salt) if salt else self.root
+
+    def match(
+        self, origin: PrefixNode, token_ids: Sequence[int], max_blocks: int, exact_only: bool
+    ) -> list[PrefixNode]:
         """Nodes of the longest chain of registered blocks that ``token_ids`` starts with, at most ``max_blocks``."""
         chain: list[PrefixNode] = []
-        node = self.root
+        node = origin
         for index in range(max_blocks):
             child = node.children.get(self._pack(token_ids, index))
             if child is None or child.block_id is None or (exact_only and child.level > 0):
@@ -56,11 +65,7 @@ class PrefixIndex:
 
     def child(self, node: PrefixNode, token_ids: Sequence[int], index: int) -> PrefixNode:
         """The prefix one block longer than ``node``: with block ``index`` of ``token_ids``, made if it is new."""
-        tokens = self._pack(token_ids, index)
-        child = node.children.get(tokens)
-        if child is None:
-            child = node.children[tokens] = PrefixNode(node, tokens)
-        return child
+        return self._child(node, self._pack(token_ids, index))
 
     def register(self, node: PrefixNode, block_id: int, level: int) -> int | None:
         """Offer ``block_id`` as the block of ``node``; the first one stays, unless it was computed at a higher level.
@@ -101,6 +106,13 @@ class PrefixIndex:
     def _pack(self, token_ids: Sequence[int], index: int) -> bytes:
         start = index * self.block_size
         return array("q", token_ids[start : start + self.block_size]).tobytes()
+
+    @staticmethod
+    def _child(node: PrefixNode, edge: bytes | str) -> PrefixNode:
+        child = node.children.get(edge)
+        if child is None:
+            child = node.children[edge] = PrefixNode(node, edge)
+        return child
 
     @staticmethod
     def _prune(node: PrefixNode) -> None:

@@ -232,7 +232,8 @@ class Scheduler:
     def _admit(self, chosen: Chosen, budget: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
             sequence = self.waiting.peek()
-            num_cached = self.blocks.start(sequence.request_id, sequence.reusable_ids, sequence.exact)
+            salt = sequence.request.cache_salt
+            num_cached = self.blocks.start(sequence.request_id, sequence.reusable_ids, sequence.exact, salt)
             if not has_room(sequence, num_cached, self.blocks):
                 self.blocks.free(sequence.request_id)
                 break

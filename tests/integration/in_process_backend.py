@@ -16,6 +16,9 @@ class InProcessBackend:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
 
+    def start(self) -> None:
+        """The engine runs already."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         return self.engine.generate(request)
 

@@ -186,6 +186,7 @@ async def test_what_the_arbiter_saw_reaches_the_ingress(redis: RedisServer) -> N
 
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0}
 LONG = {**COMPLETION, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+OTHER = "other"  # a second model, on the same engine
 TENANTS = {
     "rated": TenantLimits(requests_per_minute=3),
     "metered": TenantLimits(tokens_per_minute=40),
@@ -209,12 +210,12 @@ class Server:
     def __init__(self, engine: AsyncEngine, store: FileKeyStore) -> None:
         section = AdmissionSection(tenants=TENANTS, in_flight_frac=0.5, max_wait_s=20.0)
         self.engine = engine
-        self.admission = Admission(section, 1, {MODEL: 1.0}, TenantRates(None, 1), draw=lambda: 0.5)
+        self.admission = Admission(section, 1, {MODEL: 1.0, OTHER: 1.0}, TenantRates(None, 1), draw=lambda: 0.5)
         keys: dict[str, str] = {}
         for tenant in TENANTS:
             keys[tenant], record = new_key(tenant, 0.0)
             store.add(record)
-        models = [ServedModel(MODEL, InProcessBackend(engine), engine.tokenizer)]
+        models = [ServedModel(name, InProcessBackend(engine), engine.tokenizer) for name in (MODEL, OTHER)]
         auth = Authenticator(section, KeyWatch([store]), "admin")
         service = OpenAIService(models, IngressSection(admin_token="admin"), "i", auth=auth, admission=self.admission)
         transport = httpx.ASGITransport(create_api(service))
@@ -293,6 +294,8 @@ async def test_a_tenant_waits_in_its_own_queue_and_no_longer_than_that(server: S
         await server["narrow"].completions.create(**COMPLETION)
     assert caught.value.code == "concurrency_limit_exceeded"
     assert server.engine.stats().num_waiting == 0
+    other = {**COMPLETION, "model": OTHER}  # which has a queue of its own
+    assert (await server["narrow"].completions.create(**other)).usage.completion_tokens == 6
     assert (await server["calm"].completions.create(**COMPLETION)).usage.completion_tokens == 6
     assert not running.done()
     waiting[0].cancel()

@@ -190,6 +190,20 @@ async def test_a_tenant_sees_and_uses_its_models_only(door: Door) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_no_tenant_learns_from_the_cache_what_another_has_sent(door: Door) -> None:
+    async def num_cached(tenant: str, **more: Any) -> int:
+        prompt = {**COMPLETION, "prompt": list(range(5, 40))}
+        answer = await door.client(door.keys[tenant]).completions.create(**prompt, extra_body=more)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert await num_cached("free") == 0
+    assert await num_cached("free") == 32
+    assert await num_cached("stranger") == 0
+    assert await num_cached("free", cache_salt="a user's") == 0
+    assert await num_cached("free", cache_salt="a user's") == 32
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_tenant_has_its_class_and_may_not_refuse_dimming_if_it_must_not(
     door: Door, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
 import pytest_asyncio
 
 from cluster.redis_server import RedisServer
@@ -81,6 +82,31 @@ async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[
     ingress.registry.watch(REPLICAS)
     await until(lambda: any(load.num_waiting for load in ingress.registry.loads().values()))
     assert ingress.send() == "c"
+
+
+async def test_the_first_request_of_a_process_knows_the_loads_too(
+    redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.router.router.FIRST_LOADS_S", 10.0)  # however busy the machine is
+    loads |= {"a": replace(LOAD, num_running=6), "b": replace(LOAD, num_running=8, num_waiting=9)}
+    older = LoadRegistry(redis.url, APP)
+    older.watch(REPLICAS)
+    await until(lambda: sorted(load.held for load in older.loads().values()) == [0, 6, 17])
+    await older.close()
+    await ingress.router.wait_for_loads(REPLICAS)
+    assert ingress.send() == "c"
+
+
+async def test_the_first_request_does_not_wait_for_a_redis_that_hangs(redis: RedisServer) -> None:
+    password, place = urlsplit(redis.url).password, f"127.0.0.1:{urlsplit(redis.url).port}"
+    async with TcpProxy(place) as proxy:
+        proxy.cut()
+        ingress = Ingress(f"redis://:{password}@{proxy.address}/0")
+        started_s = time.monotonic()
+        await ingress.router.wait_for_loads(REPLICAS)
+        assert time.monotonic() - started_s < TIMEOUT_S  # of the Redis call, which goes on
+        assert ingress.send() in REPLICAS
+        await ingress.registry.close()
 
 
 async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:

@@ -157,6 +157,26 @@ def test_a_form_that_cannot_be_followed(api: openai.OpenAI, form: dict[str, obje
     assert refused.value.body["type"] == "invalid_request_error"
 
 
+UNKNOWN_TOKEN = "start: <|no_such_token|>"  # which only shows beside a vocabulary, in the engine
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"structured_outputs": {"grammar": UNKNOWN_TOKEN}}, "structured_outputs.grammar"),
+        ({"guided_grammar": UNKNOWN_TOKEN}, "guided_grammar"),
+    ],
+)
+def test_a_form_that_the_vocabulary_cannot_follow(
+    api: openai.OpenAI, asked: dict[str, object], param: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        api.chat.completions.create(**CHAT, stream=stream, extra_body=asked)
+    assert refused.value.body["param"] == param
+    assert refused.value.body["message"].startswith(param)
+
+
 def test_the_clients_own_parsing_of_structured_output(api: openai.OpenAI) -> None:
     """`parse` sends the schema that the client makes of a class and gives back an object of it."""
     from typing import Literal

@@ -45,6 +45,13 @@ def test_the_least_recently_used_blocks_are_forgotten() -> None:
     assert not index.match(second)
 
 
+def test_salts_share_nothing() -> None:
+    index = PrefixIndex()
+    index.insert(SYSTEM, "a", salt="acme")
+    assert index.match(SYSTEM, salt="acme") == {"a": 3 * BLOCK_TOKENS}
+    assert index.match(SYSTEM) == index.match(SYSTEM, salt="other") == {}
+
+
 def test_only_the_beginning_of_a_long_prompt_counts() -> None:
     index = PrefixIndex()
     index.insert(range((MAX_BLOCKS + 10) * BLOCK_TOKENS), "a")

@@ -1,7 +1,7 @@
 """The block manager against a model of the memory it manages.
 
-The model plays the engine: it writes into each slot of each block which token prefix the KV there was computed from,
-and whether any of it was dimmed. Whatever the manager hands out as cached must then really be there.
+The model plays the engine: it writes into each slot of each block which token prefix of which salt the KV there was
+computed from, and whether any of it was dimmed. Whatever the manager hands out as cached must then really be there.
 """
 
 import pytest
@@ -16,35 +16,43 @@ NUM_BLOCKS = 12
 
 
 class Sequence:
-    def __init__(self, token_ids: list[int], num_computed: int, exact_only: bool) -> None:
+    def __init__(self, token_ids: list[int], num_computed: int, exact_only: bool, salt: str) -> None:
         self.token_ids = token_ids
+        self.salt = salt
         self.num_computed = num_computed
         self.exact_only = exact_only
         self.level = 0
+
+    def prefix(self, length: int) -> tuple[str, ...]:
+        return (self.salt, *map(str, self.token_ids[:length]))
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.memory: dict[tuple[int, int], tuple[tuple[int, ...], int]] = {}  # (block, offset) -> (prefix, level)
+        self.memory: dict[tuple[int, int], tuple[tuple[str, ...], int]] = {}  # (block, offset) -> (prefix, level)
         self.live: dict[str, Sequence] = {}
         self.num_started = 0
 
     def slot(self, request_id: str, position: int) -> tuple[int, int]:
         return self.manager.block_ids(request_id)[position // BLOCK_SIZE], position % BLOCK_SIZE
 
-    @rule(token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12), exact_only=st.booleans())
-    def start(self, token_ids, exact_only):
+    @rule(
+        token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        exact_only=st.booleans(),
+        salt=st.sampled_from(["", "", "a"]),
+    )
+    def start(self, token_ids, exact_only, salt):
         request_id = f"r{self.num_started}"
         self.num_started += 1
-        num_cached = self.manager.start(request_id, token_ids, exact_only)
+        num_cached = self.manager.start(request_id, token_ids, exact_only, salt)
         assert num_cached % BLOCK_SIZE == 0
         assert num_cached < len(token_ids)
-        sequence = self.live[request_id] = Sequence(list(token_ids), num_cached, exact_only)
+        sequence = self.live[request_id] = Sequence(list(token_ids), num_cached, exact_only, salt)
         for position in range(num_cached):
             prefix, level = self.memory[self.slot(request_id, position)]
-            assert prefix == tuple(token_ids[: position + 1])
+            assert prefix == sequence.prefix(position + 1)
             assert not (exact_only and level)
             sequence.level = max(sequence.level, level)
         assert self.manager.level(request_id) == sequence.level
@@ -73,8 +81,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if num_computed > sequence.num_computed:
             sequence.level = max(sequence.level, level)
         for position in range(sequence.num_computed, num_computed):
-            prefix = tuple(sequence.token_ids[: position + 1])
-            self.memory[self.slot(request_id, position)] = (prefix, sequence.level)
+            self.memory[self.slot(request_id, position)] = (sequence.prefix(position + 1), sequence.level)
         self.manager.commit(request_id, sequence.token_ids, num_computed, level)
         sequence.num_computed = num_computed
         if num_computed == len(sequence.token_ids):
@@ -104,7 +111,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for request_id, sequence in self.live.items():
             for position in range(sequence.num_computed):
                 prefix, level = self.memory[self.slot(request_id, position)]
-                assert prefix == tuple(sequence.token_ids[: position + 1])
+                assert prefix == sequence.prefix(position + 1)
                 assert not (sequence.exact_only and level)
             assert self.manager.level(request_id) == sequence.level
 
@@ -136,6 +143,26 @@ def test_a_prompt_is_reused_but_for_its_last_token(manager):
     assert manager.block_ids("c") == first_table
     assert (manager.num_used, manager.num_free, manager.num_cached) == (2, 6, 2)
     assert manager.used_frac == 2 / 8
+
+
+def test_salts_share_no_prefix_and_leave_nothing_behind(manager):
+    prompt = list(range(8))
+    for number, salt in enumerate(["", "acme", "other"]):
+        assert manager.start(f"first {salt}", prompt, exact_only=False, salt=salt) == 0
+        assert manager.reserve(f"first {salt}", 8)
+        manager.commit(f"first {salt}", prompt, 8, level=0)
+        assert manager.start(f"again {salt}", [*prompt, 9], exact_only=False, salt=salt) == 8
+        assert manager.num_cached == 2 * (number + 1)
+        manager.check_invariants()
+    for salt in ("", "acme", "other"):
+        manager.free(f"first {salt}")
+        manager.free(f"again {salt}")
+    assert manager.num_used == 0
+    manager.start("big", [1], exact_only=False, salt="new")
+    assert manager.reserve("big", 32)  # which evicts all of them
+    manager.free("big")
+    manager.check_invariants()
+    assert not manager._prefix.root.children
 
 
 def test_generated_tokens_are_reused_too(manager):

@@ -21,7 +21,8 @@ def register_chain(index: PrefixIndex, tokens: list[int], blocks: list[tuple[int
 
 
 def matched_blocks(index: PrefixIndex, tokens: list[int], max_blocks: int = 9, exact_only: bool = False) -> list[int]:
-    return [node.block_id for node in index.match(tokens, min(max_blocks, len(tokens) // 2), exact_only)]
+    chain = index.match(index.root, tokens, min(max_blocks, len(tokens) // 2), exact_only)
+    return [node.block_id for node in chain]
 
 
 def test_longest_chain(index):
