@@ -40,7 +40,7 @@ def _package_versions() -> dict[str, str]:
 
 def _module_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _cpu_name() -> str:

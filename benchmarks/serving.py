@@ -28,7 +28,7 @@ import aiohttp
 import yaml
 
 from benchmarks.direct import running
-from benchmarks.loadgen.client import CompletionClient
+from benchmarks.loadgen.client import CompletionClient, completion_body
 from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
 from benchmarks.loadgen.in_process import EngineClient
 from benchmarks.loadgen.open_loop import run_open_loop
@@ -108,16 +108,8 @@ async def http_texts(url: str, arrivals: Sequence[Arrival]) -> list[str]:
     """The same through the whole path, all at once."""
 
     async def text_of(session: aiohttp.ClientSession, arrival: Arrival) -> str:
-        body = {
-            "model": MODEL,
-            "prompt": arrival.prompt_ids,
-            "max_tokens": arrival.max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
         parser, texts = SseParser(), []
-        async with session.post(f"{url}/v1/completions", json=body) as response:
+        async with session.post(f"{url}/v1/completions", json=completion_body(MODEL, arrival)) as response:
             response.raise_for_status()
             async for chunk in response.content.iter_any():
                 events = [json.loads(data) for data in parser.feed(chunk) if data != b"[DONE]"]

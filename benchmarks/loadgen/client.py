@@ -22,6 +22,20 @@ BUSY_STATUSES = (429, 503)
 MAX_ERROR_CHARS = 300
 
 
+def completion_body(model: str, arrival: Arrival) -> dict[str, Any]:
+    """Of a streamed greedy completion of exactly ``arrival.max_tokens`` tokens; the last event holds the usage."""
+    return {
+        "model": model,
+        "prompt": arrival.prompt_ids,
+        "max_tokens": arrival.max_tokens,
+        "seed": arrival.seed,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
 class CompletionClient:
     """Sends greedy requests of a fixed length; each one ends within ``timeout_s``. Use as ``async with``."""
 
@@ -62,7 +76,8 @@ class CompletionClient:
     async def _exchange(self, arrival: Arrival, stream: _Stream, clock: Clock) -> None:
         assert self._session is not None, "use the client as an async context manager"
         parser = SseParser()
-        async with self._session.post(self._url, json=self._body(arrival), headers=self._headers) as response:
+        body = completion_body(self._model, arrival)
+        async with self._session.post(self._url, json=body, headers=self._headers) as response:
             if response.status != 200:
                 outcome = Outcome.REJECTED if response.status in BUSY_STATUSES else Outcome.HTTP_ERROR
                 stream.fail(outcome, f"{response.status}: {await response.text(errors='replace')}")
@@ -71,18 +86,6 @@ class CompletionClient:
                 now_s = clock()
                 for data in parser.feed(chunk):
                     stream.take(data, now_s)
-
-    def _body(self, arrival: Arrival) -> dict[str, Any]:
-        return {
-            "model": self._model,
-            "prompt": arrival.prompt_ids,
-            "max_tokens": arrival.max_tokens,
-            "seed": arrival.seed,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
 
 
 class _Stream:

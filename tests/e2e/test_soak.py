@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.soak import run
+from benchmarks.soak.run import run
 
 pytestmark = pytest.mark.cluster
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.models import write_checkpoint
 
 if find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -29,3 +32,9 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2-MoE's directory, weights included."""
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")

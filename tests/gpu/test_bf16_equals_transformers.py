@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from engine.engine import Engine
+from engine.config import SchedulerConfig
 from engine.types import GenerationRequest, SamplingParams
+from tests.gpu.engines import UNDIMMED, make_engine, record_logits
 from tests.models import FAMILIES, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -52,27 +52,14 @@ def relative_error(logits: Tensor, expected: Tensor) -> Tensor:
 
 def generate(checkpoint: Path) -> list[tuple[tuple[int, ...], list[int], Tensor]]:
     """Prompts, their greedy answers and the logits [NUM_TOKENS, V] that these were chosen from."""
-    engine = Engine(
-        EngineConfig(
-            ModelConfig(str(checkpoint), dtype="bfloat16"),
-            scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
-            cache=CacheConfig(num_blocks=128),
-            brownout=BrownoutConfig(profile_repeats=0),
-            device="cuda",
-            overlap_steps=False,
-        )
+    engine = make_engine(
+        checkpoint,
+        UNDIMMED,
+        "bfloat16",
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
+        overlap_steps=False,
     )
-    slot = engine.leave()
-    assert slot.graphs is not None
-    launch, steps = slot.graphs.launch, []
-
-    def launch_and_record(*args):  # type: ignore[no-untyped-def]
-        step = launch(*args)
-        steps.append(step.logits.float())
-        return step
-
-    slot.graphs.launch = launch_and_record  # type: ignore[method-assign]
-    engine.take_up(slot)
+    steps = record_logits(engine)
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(4096) for _ in range(length)) for length in PROMPT_LENGTHS]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -84,4 +71,4 @@ def generate(checkpoint: Path) -> list[tuple[tuple[int, ...], list[int], Tensor]
         for row, output in enumerate(engine.step()):
             answers[int(output.request_id)] += output.token_ids
             rows[int(output.request_id)].append(steps[-1][row])
-    return [(prompt, answers[i], torch.stack(rows[i])) for i, prompt in enumerate(prompts)]
+    return [(prompt, answers[i], torch.stack(rows[i]).float()) for i, prompt in enumerate(prompts)]

@@ -10,43 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import BrownoutConfig, CacheConfig, ConfigError
 from engine.engine import Engine
 from engine.layers import launch
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
+from tests.gpu.engines import UNDIMMED, UNITED, make_engine, record_logits
 from tests.models import FAMILIES, write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
 NUM_TOKENS = 40
-UNITED = BrownoutConfig(ways=(2, 4), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0)
 
 Prompts = list[tuple[int, ...]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def prompts() -> Prompts:
     rng = random.Random(0)
     return [tuple(rng.randrange(4096) for _ in range(rng.choice((1, 3, 16, 17, 40, 90)))) for _ in range(13)]
-
-
-def make_engine(
-    checkpoint: Path, kernels: str = "triton", brownout: BrownoutConfig = UNITED, **options: object
-) -> Engine:
-    config = EngineConfig(
-        ModelConfig(str(checkpoint), dtype="float32"),
-        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=512),
-        cache=CacheConfig(num_blocks=512),
-        brownout=brownout,
-        device="cuda",
-        kernels=kernels,
-    )
-    return Engine(replace(config, **options))  # type: ignore[arg-type]
 
 
 def generate(engine: Engine, prompts: Iterable[tuple[int, ...]]) -> tuple[list[list[int]], list[int]]:
@@ -73,17 +54,17 @@ def test_every_family_on_triton_equals_torch(
 ) -> None:
     directory = write_checkpoint(tmp_path / "tiny", **FAMILIES[family])
     results = [
-        generate(make_engine(directory, kernels, BrownoutConfig(), cuda_graphs=cuda_graphs), prompts)
+        generate(make_engine(directory, BrownoutConfig(), kernels=kernels, cuda_graphs=cuda_graphs), prompts)
         for kernels in ("torch", "triton")
     ]
     assert results[0] == results[1]
 
 
 def test_the_pool_is_what_the_measured_step_leaves(gpu: torch.device, checkpoint: Path) -> None:
-    engine = make_engine(checkpoint, cache=CacheConfig(memory_frac=0.5))
+    engine = make_engine(checkpoint, UNITED, cache=CacheConfig(memory_frac=0.5))
     assert engine.info.num_blocks == 16 * 512 // 16 + 1  # a full batch of the longest sequences: tiny models have room
     with pytest.raises(ConfigError, match=r"cache\.num_blocks is 100000000, .* are free; allowed: at most \d+"):
-        make_engine(checkpoint, cache=CacheConfig(num_blocks=100_000_000))
+        make_engine(checkpoint, UNITED, cache=CacheConfig(num_blocks=100_000_000))
 
 
 @pytest.mark.parametrize("level", [0, 2, 4])
@@ -92,7 +73,10 @@ def test_triton_equals_torch(
     gpu: torch.device, checkpoint: Path, prompts: Prompts, level: int, cuda_graphs: bool
 ) -> None:
     results = []
-    for engine in (make_engine(checkpoint, "torch"), make_engine(checkpoint, cuda_graphs=cuda_graphs)):
+    for engine in (
+        make_engine(checkpoint, UNITED, kernels="torch"),
+        make_engine(checkpoint, UNITED, cuda_graphs=cuda_graphs),
+    ):
         assert engine.apply_setting(BrownoutSetting.pinned(level))
         results.append(generate(engine, prompts))
     assert results[0] == results[1]
@@ -100,7 +84,7 @@ def test_triton_equals_torch(
 
 
 def test_a_level_change_acts_on_the_next_replay(gpu: torch.device, checkpoint: Path) -> None:
-    engine = make_engine(checkpoint)
+    engine = make_engine(checkpoint, UNITED)
     sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
     for index in range(8):
         engine.add(GenerationRequest(str(index), (index + 5,), sampling))
@@ -121,18 +105,9 @@ def test_level_0_is_bit_identical_with_united_experts_loaded(
     gpu: torch.device, checkpoint: Path, prompts: Prompts
 ) -> None:
     logits = []
-    for brownout in (BrownoutConfig(profile_repeats=0), UNITED):
-        engine = make_engine(checkpoint, brownout=brownout)
-        slot = engine.leave()
-        launch, recorded = slot.graphs.launch, []
-
-        def launch_and_record(rows, levels, launch=launch, recorded=recorded):  # type: ignore[no-untyped-def]
-            step = launch(rows, levels)
-            recorded.append(step.logits.clone())
-            return step
-
-        slot.graphs.launch = launch_and_record
-        engine.take_up(slot)
+    for brownout in (UNDIMMED, UNITED):
+        engine = make_engine(checkpoint, brownout)
+        recorded = record_logits(engine)
         generate(engine, prompts)
         logits.append(recorded)
     plain, united = logits
@@ -146,7 +121,7 @@ def test_dependent_launch_changes_no_token(
     results = []
     for first_capability in (launch.FIRST_CAPABILITY, 99):
         monkeypatch.setattr(launch, "FIRST_CAPABILITY", first_capability)
-        engine = make_engine(checkpoint)
+        engine = make_engine(checkpoint, UNITED)
         assert engine.apply_setting(BrownoutSetting.pinned(2))
         results.append(generate(engine, prompts))
     assert results[0] == results[1]
@@ -157,7 +132,7 @@ def test_expert_load_is_counted_in_the_kernels(
     gpu: torch.device, checkpoint: Path, prompts: Prompts, cuda_graphs: bool
 ) -> None:
     """Every computed token has as many pairs in each layer as experts are chosen for it."""
-    engine = make_engine(checkpoint, cuda_graphs=cuda_graphs)
+    engine = make_engine(checkpoint, UNITED, cuda_graphs=cuda_graphs)
     generate(engine, prompts)
     counter = engine.leave().counter
     assert counter is not None

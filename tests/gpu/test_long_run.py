@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import CacheConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.types import BrownoutSetting, GenerationRequest, SamplingParams, ServiceClass
-from tests.models import write_checkpoint
+from tests.gpu.engines import UNITED, make_engine
 
 pytestmark = pytest.mark.gpu
 
@@ -31,17 +31,12 @@ SAMPLING = (
 )
 
 
-def test_a_long_run_leaks_nothing_and_drifts_nowhere(gpu: torch.device, tmp_path: Path) -> None:
-    engine = Engine(
-        EngineConfig(
-            ModelConfig(str(write_checkpoint(tmp_path / "tiny")), dtype="float32"),
-            scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128),
-            cache=CacheConfig(num_blocks=110),  # few enough to evict and to preempt
-            brownout=BrownoutConfig(
-                ways=(2, 4), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0
-            ),
-            device="cuda",
-        )
+def test_a_long_run_leaks_nothing_and_drifts_nowhere(gpu: torch.device, checkpoint: Path) -> None:
+    engine = make_engine(
+        checkpoint,
+        UNITED,
+        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128),
+        cache=CacheConfig(num_blocks=110),  # few enough to evict and to preempt
     )
     rng = random.Random(0)
     answers, allocated, reserved = [], [], []

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from engine.engine import Engine
 from engine.sampling import SamplingState, _Columns, _draw_among
 from engine.types import GenerationRequest, SamplingParams
-from tests.models import write_checkpoint
+from tests.gpu.engines import UNDIMMED, make_engine
 
 pytest.importorskip("triton")
 sampling_kernels = pytest.importorskip("engine.sampling_kernels")
@@ -46,7 +44,7 @@ def test_draws_without_a_sort_equal_the_ranked_ones(
     assert (tokens[finished] == -1).all()
 
 
-def test_sampled_requests_overlap_and_get_the_same_tokens(gpu: torch.device, tmp_path: Path) -> None:
+def test_sampled_requests_overlap_and_get_the_same_tokens(gpu: torch.device, checkpoint: Path) -> None:
     """Whole vocabularies, sets small and large, penalties, log-probabilities, and min_tokens, beside a greedy one."""
     options: list[dict[str, Any]] = [
         {"temperature": 0},
@@ -57,19 +55,9 @@ def test_sampled_requests_overlap_and_get_the_same_tokens(gpu: torch.device, tmp
         {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
         {"temperature": 0, "logprobs": 3, "min_tokens": 5, "stop_token_ids": (7, 8)},
     ]
-    checkpoint = write_checkpoint(tmp_path / "tiny")
     answers, steps_ahead = [], []
     for overlap_steps in (False, True):
-        engine = Engine(
-            EngineConfig(
-                ModelConfig(str(checkpoint), dtype="float32"),
-                scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512),
-                cache=CacheConfig(num_blocks=128),
-                brownout=BrownoutConfig(profile_repeats=0),
-                device="cuda",
-                overlap_steps=overlap_steps,
-            )
-        )
+        engine = make_engine(checkpoint, UNDIMMED, overlap_steps=overlap_steps)
         for index, given in enumerate(options):
             sampling = SamplingParams(max_tokens=40, ignore_eos=True, seed=index, **given)
             engine.add(GenerationRequest(str(index), tuple(range(50 + index, 80)), sampling))
