@@ -81,6 +81,13 @@ class Run:
         if self.rank == 0:
             print(f"[{self.options.minutes - self.minutes_left:.1f} min] {text}", flush=True)
 
+    def needed(self, name: str, stage: str) -> Path:
+        """A file or folder of --work; one sentence and exit code 1 if the stage that leaves it has not run."""
+        path = self.work / name
+        if not path.exists():
+            raise SystemExit(f"{path} is missing: the stage {stage!r} has not run; add it to --stages")
+        return path
+
     def text(self, name: str) -> Path:
         path: Path = self.options.data / "text" / name
         return path
@@ -147,6 +154,7 @@ def train_stage(run: Run) -> None:
 
 def unite_stage(run: Run) -> None:
     """Every method and way, and the distilled 4-way build by each grouping; processes share the jobs."""
+    run.needed("model/config.json", "train")
     tokens = run.training_tokens()
     sequences = corpus.windows(tokens, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
     slot = load_for_calibration(ModelConfig(str(run.model)), CALIBRATION_TOKENS, run.options.device)
@@ -191,10 +199,9 @@ def calibrate_stage(run: Run) -> None:
     """Leaves the ladder beside the builds; the other processes wait."""
     ladder = run.work / "ladder"
     if run.rank == 0 and not (ladder / LADDER_FILE).exists():
+        united = tuple(str(run.needed(f"united/routed-{way}", "unite")) for way in WAYS)
         ladder.mkdir(exist_ok=True)
-        options = CalibrateOptions(
-            united=tuple(str(run.work / "united" / f"routed-{way}") for way in WAYS), device=run.options.device
-        )
+        options = CalibrateOptions(united=united, device=run.options.device)
         started_s = time.perf_counter()
         Calibration(ModelConfig(str(run.model)), run.held_out(), ladder, options).run()
         run.say(f"ladder found in {time.perf_counter() - started_s:.0f} s")
@@ -203,11 +210,12 @@ def calibrate_stage(run: Run) -> None:
 
 
 def evaluate_stage(run: Run) -> None:
+    """Adds rows to this process's file; those that are there are not measured again."""
     rows = run.work / f"rows-{run.rank}.jsonl"
     measure.measure_rows(
         model=run.model,
-        builds=run.work / "united",
-        similarity=run.work / "similarity.safetensors",
+        builds=run.needed("united", "unite"),
+        similarity=run.needed("similarity.safetensors", "unite"),
         sequences=run.held_out(),
         tasks_directory=run.options.data / "eval",
         rows_file=rows,
@@ -220,17 +228,21 @@ def evaluate_stage(run: Run) -> None:
 
 
 def report_stage(run: Run) -> None:
+    """Writes --out; without the stage calibrate it has no ladder."""
     if run.rank != 0:
         return
+    run.needed("rows-0.jsonl", "evaluate")
     rows = measure.read_rows_files(sorted(run.work.glob("rows-*.jsonl")))
-    builds = measure.read_builds(run.work / "united")
+    builds = measure.read_builds(run.needed("united", "unite"))
     claims = judge(rows, builds)
-    training = json.loads((run.work / "training.json").read_text())
-    ladder = json.loads((run.work / "ladder" / LADDER_FILE).read_text())["buckets"]
-    write_result(
-        run.options.out,
-        {"rows": rows, "builds": builds, "claims": claims, "training": training, "ladder": ladder},
-    )
+    training = json.loads(run.needed("training.json", "train").read_text())
+    figures = {"rows": rows, "builds": builds, "claims": claims, "training": training}
+    ladder = run.work / "ladder" / LADDER_FILE
+    if ladder.exists():
+        figures["ladder"] = json.loads(ladder.read_text())["buckets"]
+    else:
+        run.say("no ladder in the report: the stage 'calibrate' has not run")
+    write_result(run.options.out, figures)
     for name, claim in claims.items():
         run.say(f"{name}: {claim['verdict']}: {claim['figures']}")
 
