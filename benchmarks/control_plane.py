@@ -63,7 +63,7 @@ class SyntheticReplica:
         self._steps = cycle([(draw.choice((0, 0, 256)), draw.uniform(0.005, 0.02)) for _ in range(1000)])
         self._requests = cycle([(draw.expovariate(20), draw.uniform(0.01, 0.03)) for _ in range(1000)])
         self.recorder = TelemetryRecorder(SloConfig(), time.monotonic())
-        self.num_settings = self._num_windows = 0
+        self._num_windows = 0
 
     def record_step(self) -> None:
         spent = {ServiceClass.STANDARD: (60, 1.2), ServiceClass.FULL: (4, 0.0)}
@@ -84,7 +84,6 @@ class SyntheticReplica:
         return self.recorder.drain(stats, time.monotonic(), predicted_step_time_s=tuple(0.01 for _ in LOSSES))
 
     def on_setting(self, setting: BrownoutSetting) -> bool:
-        self.num_settings += 1
         return True
 
 

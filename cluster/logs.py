@@ -14,7 +14,6 @@ from typing import Any
 
 FIELDS = "fields"  # the LogRecord's attribute
 PACKAGES = ("cluster", "controller", "engine")
-FORMATS = ("text", "json")
 
 
 def fields(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

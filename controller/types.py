@@ -31,8 +31,6 @@ class Reason(StrEnum):
     SLO_VIOLATED = "slo_violated"
     SLO_MET = "slo_met"
     HEADROOM = "headroom"
-    HOLD = "hold"
-    RENEWED = "renewed"  # same setting, lease extended
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from benchmarks.quality.moe_model import Attention, MoeConfig, MoeLm, rotary_tab
 NUM_SEGMENTS = 8  # of the parent's FFN
 NUM_SHARED = 4  # of them in the shared expert; the others are routed
 NUM_COPIES = 15
-FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class DenseLayer(nn.Module):

@@ -144,14 +144,6 @@ class BlockManager:
         """The sequence's block table from entry ``first`` on: entry i holds tokens [i, i + 1) * block_size."""
         return self._sequences[request_id].table[first:]
 
-    def clear_prefix(self) -> None:
-        """Forget all cached prefixes, as when the weights change. Live sequences go on, but register nothing more."""
-        for sequence in self._sequences.values():
-            self._move_cursor(sequence, None)
-        self._prefix.clear()
-        self._free.extend(self._evictable)
-        self._evictable.clear()
-
     def check_invariants(self) -> None:
         """Raise AssertionError, in a sentence, if the books do not balance. Costs O(blocks); for tests."""
         num_holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)

@@ -94,11 +94,6 @@ class PrefixIndex:
         node.num_pins -= 1
         self._prune(node)
 
-    def clear(self) -> None:
-        """Forget every prefix. Nodes that sequences still hold belong to the old trie and lead nowhere."""
-        self.root = PrefixNode(None, b"")
-        self._node_of_block = {}
-
     def registered(self) -> Iterator[tuple[int, PrefixNode]]:
         """``block_id |-> node`` of every registered block."""
         return iter(self._node_of_block.items())

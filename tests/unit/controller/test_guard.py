@@ -45,7 +45,7 @@ def decide(
     guard = GuardState()
     if last is not None:
         phase = PhaseDecision(*last, 0.1, 0.9)
-        guard = GuardState(last=Decision(phase, phase, "aimd", Reason.HOLD), moved_at_s=now_s - 0.25)
+        guard = GuardState(last=Decision(phase, phase, "aimd", Reason.SLO_MET), moved_at_s=now_s - 0.25)
     _, _, decision = guarded_step(GuardParams(**params), guard, law, law.initial(), seen, now_s)
     levels = [(phase.floor, phase.ceiling) for phase in (decision.prefill, decision.decode)]
     assert levels[0] == levels[1]
@@ -131,7 +131,7 @@ def test_what_is_lost_is_charged_to_its_class() -> None:
 
 def decision_at(level: int) -> Decision:
     phase = PhaseDecision(level, level, 0.1, 0.9)
-    return Decision(phase, phase, "aimd", Reason.HOLD)
+    return Decision(phase, phase, "aimd", Reason.SLO_MET)
 
 
 @st.composite

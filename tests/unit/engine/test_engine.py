@@ -165,9 +165,8 @@ def test_running_out_of_blocks_preempts_and_everyone_finishes(model: str) -> Non
 
 
 def test_a_pinned_level_dims_all_but_full_class_requests(model: str) -> None:
+    exact = tokens(run(make_engine(model, brownout=UNITED), request("exact"))["exact"])
     engine = make_engine(model, brownout=UNITED)
-    exact = tokens(run(engine, request("exact"))["exact"])
-    engine.scheduler.blocks.clear_prefix()
     engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
     others = [request(f"other{i}", prompt=tuple(range(i * 50, i * 50 + 40))) for i in range(3)]
     outputs = run(engine, request("full", service_class=ServiceClass.FULL), *others)
@@ -215,9 +214,8 @@ def test_every_pair_is_counted_on_its_expert(model: str) -> None:
 
 
 def test_a_dimmed_prefix_is_never_reused_by_a_full_class_request(model: str) -> None:
+    exact = tokens(run(make_engine(model, brownout=UNITED), request("exact"))["exact"])
     engine = make_engine(model, brownout=UNITED)
-    exact = tokens(run(engine, request("exact"))["exact"])
-    engine.scheduler.blocks.clear_prefix()
     engine.apply_setting(BrownoutSetting.pinned(TOP_LEVEL))
     run(engine, request("dimmed"))
     outputs = run(engine, request("again"), request("full", service_class=ServiceClass.FULL))

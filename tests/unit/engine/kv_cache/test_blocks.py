@@ -94,11 +94,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.manager.free(request_id)
         del self.live[request_id]
 
-    @rule()
-    def clear_prefix(self):
-        self.manager.clear_prefix()
-        assert self.manager.num_cached == 0
-
     @invariant()
     def books_balance(self):
         self.manager.check_invariants()
@@ -257,18 +252,6 @@ def test_use_makes_a_prefix_recent(manager):
     manager.reserve("big", 5 * 4)
     assert manager.start("second again", second, exact_only=False) == 0
     assert manager.start("first again", first, exact_only=False) == 12
-
-
-def test_a_live_sequence_registers_nothing_after_clear(manager):
-    tokens = list(range(9))
-    run(manager, "a", tokens[:5])
-    manager.clear_prefix()
-    manager.reserve("a", 9)
-    manager.commit("a", tokens, 9, level=0)
-    assert manager.num_cached == 0
-    manager.free("a")
-    assert manager.num_free == 8
-    manager.check_invariants()
 
 
 def test_without_prefix_caching_nothing_is_kept():

@@ -71,10 +71,3 @@ def test_unneeded_nodes_go_away(index):
     index.unpin(nodes[1])
     assert index.root.children == {}
     assert len(index) == 0
-
-
-def test_clear(index):
-    register_chain(index, TOKENS, [(7, 0)])
-    index.clear()
-    assert matched_blocks(index, TOKENS) == []
-    assert 7 not in index
