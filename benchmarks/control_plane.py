@@ -189,7 +189,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory, RedisServer.launch(Path(directory)) as redis:
+    with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as redis:
         controller = ControllerProcess(redis.url)
         controller.start()
         try:

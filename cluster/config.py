@@ -176,8 +176,8 @@ class ClusterConfig(Section):
             stream_interval_s=self.stream_interval_s,
         )
 
-    def controller_config(self, app_name: str, host: str = "127.0.0.1") -> ControllerConfig:
-        """What the application's controller is started with; ``host`` is the address its server binds."""
+    def controller_config(self, app_name: str) -> ControllerConfig:
+        """What the application's controller is started with; the host that runs it adds the address to bind."""
         siblings = self.siblings or Siblings({self.model.served_name: self.slo}, self.brownout.allow_unmeasured)
         slos = [Slo(ttft_s=slo.ttft_s, tpot_s=slo.tpot_s) for slo in siblings.slo_by_model.values()]
         return ControllerConfig(
@@ -196,7 +196,6 @@ class ClusterConfig(Section):
             quality=self.controller.quality,
             security=self.controller.security,
             planner=self.autoscaling.planner if self.autoscaling else None,
-            host=host,
             key_prefix=key_prefix(app_name),
         )
 

@@ -155,15 +155,15 @@ class LocalCluster:
         """Raises ClusterError when the cluster has ended by itself."""
         self._head.check()
 
-    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+    def wait_ready(self) -> None:
         """Return once the API answers with all replicas. Raises ClusterError."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline_s:
             self.check()
             if self._is_deployed() and self._num_replicas_answering() >= self._file.num_replicas:
                 return
             time.sleep(POLL_S)
-        raise ClusterError(f"the application was not ready within {timeout_s:g} s")
+        raise ClusterError(f"the application was not ready within {READY_TIMEOUT_S:g} s")
 
     def _start(self) -> None:
         try:

@@ -44,7 +44,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(log_format: str, level: int = logging.INFO) -> None:
+def configure(log_format: str) -> None:
     """Send this process' lines of our packages to its stderr, which Ray keeps as logs/worker-*.err, one line each.
 
     That is the file, not ``sys.stderr``: Serve's own goes through its logger, which drops lines below the
@@ -55,5 +55,5 @@ def configure(log_format: str, level: int = logging.INFO) -> None:
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.handlers = [handler]
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -49,21 +49,12 @@ class RedisServer:
     the same ``url``. Start it from a thread that lives as long as the cluster: the kernel ties the server to it.
     """
 
-    def __init__(
-        self, directory: Path, url: str | None = None, port: int | None = None, password: str | None = None
-    ) -> None:
+    def __init__(self, directory: Path, url: str | None = None) -> None:
         self._directory = directory
         self._external_url = url
-        self._port = port
-        self._password = password or secrets.token_hex(24)
+        self._port: int | None = None
+        self._password = secrets.token_hex(24)
         self._process: subprocess.Popen[bytes] | None = None
-
-    @classmethod
-    def launch(cls, directory: Path, port: int | None = None, password: str | None = None) -> RedisServer:
-        """Start a private server, on ``port`` if given, else on a free one."""
-        server = cls(directory, port=port, password=password)
-        server.start()
-        return server
 
     @property
     def owned(self) -> bool:

@@ -18,6 +18,7 @@ import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from controller.arbiter import ArbiterDecision
@@ -113,10 +114,9 @@ class DecisionLedger:
             }
         )
 
-    def recent(self, limit: int, model_id: str | None = None) -> list[dict[str, Any]]:
+    def recent(self, limit: int) -> list[dict[str, Any]]:
         """At most ``limit`` rows, newest first."""
-        rows = [row for row in reversed(self._rows) if model_id in (None, row["model_id"])]
-        return rows[: max(limit, 0)]
+        return list(islice(reversed(self._rows), max(limit, 0)))
 
     def between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
         """Rows of [since_s, until_s), Unix time, newest first."""

@@ -127,9 +127,9 @@ class ControllerService:
             },
         }
 
-    def decisions(self, limit: int = 100, model_id: str | None = None) -> list[dict[str, Any]]:
+    def decisions(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest decisions first, those of earlier lives included."""
-        return self._state.ledger.recent(limit, model_id)
+        return self._state.ledger.recent(limit)
 
     def decisions_between(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
         """Those of [since_s, until_s), Unix time by the controller's clock, newest first."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import time
@@ -178,7 +179,7 @@ def open_server(options: argparse.Namespace) -> Target:
     if options.name is None or options.tokenizer is None:
         raise SystemExit("--base-url needs --name, the model's name there, and --tokenizer, a directory")
     tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
-    scorer = ServerScorer(options.base_url, options.name)
+    scorer = ServerScorer(options.base_url, options.name, os.environ.get("OPENAI_API_KEY", "none"))
     pinned = options.levels != "all"
 
     def brownout(*policy: str) -> None:
@@ -210,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--model", type=Path, help="Hugging Face directory, run in this process")
-    target.add_argument("--base-url", help="a server with an OpenAI API")
+    target.add_argument("--base-url", help="a server with an OpenAI API; its key from OPENAI_API_KEY")
     parser.add_argument("--name", help="the model's name at the server")
     parser.add_argument("--tokenizer", type=Path, help="directory with the server's model's tokenizer.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and text/")

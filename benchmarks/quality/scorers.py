@@ -66,7 +66,7 @@ def _pinned(level: int, version: int) -> BrownoutSetting:
 class ServerScorer:
     """An OpenAI-compatible server, at whatever level it is pinned (`brownoutserve brownout set LEVEL`)."""
 
-    def __init__(self, base_url: str, model: str, api_key: str = "none") -> None:
+    def __init__(self, base_url: str, model: str, api_key: str) -> None:
         self._model = model
         headers = {"authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(base_url=base_url.rstrip("/"), timeout=600.0, headers=headers)

@@ -32,8 +32,11 @@ class ClockSchedule:
     Ends with the time, whatever a step costs on this machine.
     """
 
-    def __init__(self, seconds: float, warmup_frac: float = 0.02, floor: float = 0.02) -> None:
-        self._seconds, self._warmup_frac, self._floor = seconds, warmup_frac, floor
+    WARMUP_FRAC = 0.02
+    FLOOR = 0.02
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._start_s = time.monotonic()
 
     @property
@@ -41,10 +44,10 @@ class ClockSchedule:
         return (time.monotonic() - self._start_s) / self._seconds
 
     def rate(self, passed_frac: float) -> float:
-        if passed_frac < self._warmup_frac:
-            return max(self._floor, passed_frac / self._warmup_frac)
-        done = min(1.0, (passed_frac - self._warmup_frac) / (1 - self._warmup_frac))
-        return self._floor + (1 - self._floor) * 0.5 * (1 + math.cos(math.pi * done))
+        if passed_frac < self.WARMUP_FRAC:
+            return max(self.FLOOR, passed_frac / self.WARMUP_FRAC)
+        done = min(1.0, (passed_frac - self.WARMUP_FRAC) / (1 - self.WARMUP_FRAC))
+        return self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

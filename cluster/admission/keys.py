@@ -38,11 +38,9 @@ class KeyRecord:
     label: str = ""  # for people: whose it is, where it is used
 
 
-def new_key(
-    tenant: str, now_s: float, lifetime_s: float | None = None, label: str = "", key_id: str | None = None
-) -> tuple[str, KeyRecord]:
+def new_key(tenant: str, now_s: float, lifetime_s: float | None = None, label: str = "") -> tuple[str, KeyRecord]:
     """A new key and its record; the key itself is nowhere kept."""
-    key_id = key_id or secrets.token_hex(ID_BYTES)
+    key_id = secrets.token_hex(ID_BYTES)
     key = f"{PREFIX}_{key_id}_{secrets.token_hex(SECRET_BYTES)}"
     expires_at_s = None if lifetime_s is None else now_s + lifetime_s
     return key, KeyRecord(key_id, tenant, digest(key), now_s, expires_at_s, label)

@@ -35,7 +35,7 @@ def test_a_server_scores_and_continues_as_an_engine_does(
 ) -> None:
     path = serve_document()["applications"][0]["args"]["model"]["path"]
     engine = Engine(EngineConfig(ModelConfig(path, load_format="random"), CacheConfig(num_blocks=64), device="cpu"))
-    server, here = ServerScorer(cluster.url, MODEL), EngineScorer(engine, 0)
+    server, here = ServerScorer(cluster.url, MODEL, "none"), EngineScorer(engine, 0)
     requests = [make_request(context, continuation, engine.tokenizer.encode) for context, continuation in QUESTIONS]
     by_server, by_engine = server.token_scores(requests), here.token_scores(requests)
     for one, other in zip(by_server, by_engine, strict=True):

@@ -13,7 +13,7 @@ from tests.integration.control_harness import Cluster
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    with RedisServer.launch(tmp_path) as redis:
+    with RedisServer(tmp_path) as redis:
         cluster = Cluster(redis)
         yield cluster
         await cluster.stop()

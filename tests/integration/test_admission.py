@@ -56,7 +56,7 @@ async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer.launch(tmp_path) as server:
+    with RedisServer(tmp_path) as server:
         yield server
 
 

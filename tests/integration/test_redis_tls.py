@@ -83,7 +83,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer.launch(tmp_path / "redis") as server:
+    with RedisServer(tmp_path / "redis") as server:
         yield server
 
 

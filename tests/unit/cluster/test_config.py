@@ -65,7 +65,7 @@ def test_the_engine_gets_what_the_file_says() -> None:
     assert Path(engine.model.path) == PROJECT_ROOT / "deploy/models/demo-random"
     assert (engine.brownout.ways, engine.brownout.protect) == ((2, 4), ((0, 1),))
     assert (engine.scheduler.max_num_seqs, engine.slo.ttft_s) == (4, 2)
-    controller = config.controller_config("app", "127.0.0.1")
+    controller = config.controller_config("app")
     assert (controller.slo.ttft_s, controller.slo.tpot_s) == (2, 0.2)
     assert controller.key_prefix == "brownoutserve:app"
 

