@@ -16,7 +16,7 @@ from cluster.admission.keys import new_key
 from cluster.local import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import ADMIN_TOKEN, MODEL
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

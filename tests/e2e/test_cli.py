@@ -20,7 +20,7 @@ import yaml
 from cluster.local import LocalCluster
 from cluster.processes import MARK, marked_pids
 from tests.e2e.conftest import MODEL
-from tests.e2e.waiting import until
+from tests.waiting import until
 from tests.models import PROJECT_ROOT, write_config
 from tests.united import change_manifest, write_united
 

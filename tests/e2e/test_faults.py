@@ -19,7 +19,7 @@ import pytest
 from cluster.local import LocalCluster
 from cluster.reports import ReplicaReport
 from tests.e2e.conftest import MODEL, Metrics
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

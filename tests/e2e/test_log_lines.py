@@ -11,7 +11,7 @@ import pytest
 
 from cluster.local import LocalCluster
 from tests.e2e.conftest import MODEL
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

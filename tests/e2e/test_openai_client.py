@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from cluster.local import LocalCluster
 from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

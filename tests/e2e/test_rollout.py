@@ -16,7 +16,7 @@ from cluster.local import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import Metrics
 from tests.e2e.test_faults import Answer, Traffic, read_stream, replica_reports
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

@@ -15,7 +15,7 @@ from cluster.local import LocalCluster
 from tests.e2e import wedging_app
 from tests.e2e.conftest import Metrics
 from tests.e2e.test_faults import Answer, Traffic, read_stream, replica_reports
-from tests.e2e.waiting import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 

@@ -22,13 +22,6 @@ MODEL = ModelInfo("model", 1000, 512, 64, 16, num_levels=5, ladder_measured=True
 CONFIG = ControllerConfig(law="static", level=1, tick_s=0.05, lease_s=1.0)
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
-        await asyncio.sleep(0.01)
-
-
 class Replica:
     """A replica without an engine: a real recorder and a real agent, and a list of what it was told."""
 

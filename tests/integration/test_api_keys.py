@@ -31,6 +31,7 @@ from engine.types import ServiceClass
 from tests.integration.in_process_backend import InProcessBackend
 from tests.integration.served_api import engine_config
 from tests.models import write_config
+from tests.waiting import until_async
 
 ADMIN = "the-admin-token"
 COMPLETION: dict[str, Any] = {"model": "small", "prompt": "Once", "max_tokens": 2, "temperature": 0}
@@ -73,7 +74,7 @@ async def test_changes_reach_the_watch_and_a_lost_store_locks_nobody_out(store: 
     watch.watch()
     key, record = new_key("acme", 0.0)
     store.add(record)
-    await until(lambda: len(watch.ring) == 1)
+    await until_async(lambda: len(watch.ring) == 1)
     if isinstance(store, RedisKeyStore):
         store._client.flushall()
     else:
@@ -83,7 +84,7 @@ async def test_changes_reach_the_watch_and_a_lost_store_locks_nobody_out(store: 
     assert watch.ring.find(key, 1.0) == record
     store.add(record)
     store.remove(record.key_id)
-    await until(lambda: watch.ring.find(key, 1.0) is KeyFault.UNKNOWN)
+    await until_async(lambda: watch.ring.find(key, 1.0) is KeyFault.UNKNOWN)
     await watch.close()
 
 
@@ -109,12 +110,6 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
     assert run("revoke", record.key_id)[0] == 1
     assert run("create", "--tenant", "a b")[0] == 2
     assert FileKeyStore(tmp_path / "keys.json").load() == []
-
-
-async def until(holds: Any, timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -25,7 +25,8 @@ from engine.telemetry import ExpertLoad, StepRecord, StepWindow, TelemetryRecord
 from engine.types import BrownoutSetting, EngineStats, Levels, ServiceClass
 from engine.wire import window_to_proto
 from protos import control_pb2, control_pb2_grpc, telemetry_pb2
-from tests.integration.control_harness import CONFIG, MODEL, Cluster, until
+from tests.integration.control_harness import CONFIG, MODEL, Cluster
+from tests.waiting import until_async
 
 
 def test_both_ends_sketch_alike() -> None:
@@ -54,14 +55,14 @@ def test_both_ends_read_a_window_alike() -> None:
 async def test_settings_reach_every_replica(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a, b = await cluster.start_replica("a"), await cluster.start_replica("b")
-    await until(lambda: a.levels == b.levels == (1, 1))
+    await until_async(lambda: a.levels == b.levels == (1, 1))
     await service.set_policy("static", level=3)
-    await until(lambda: a.levels == b.levels == (3, 3))
+    await until_async(lambda: a.levels == b.levels == (3, 3))
     await service.set_policy("off")
-    await until(lambda: a.levels == b.levels == (0, 0))
+    await until_async(lambda: a.levels == b.levels == (0, 0))
     assert a.setting.reason == "brownout_off"
     await service.set_policy("predictive")
-    await until(lambda: a.levels == b.levels == (0, 4))
+    await until_async(lambda: a.levels == b.levels == (0, 4))
     versions = [setting.version for setting in a.received]
     assert versions == sorted(versions) and len(set(versions)) == 4
 
@@ -69,17 +70,18 @@ async def test_settings_reach_every_replica(cluster: Cluster) -> None:
 async def test_status_and_decisions_tell_what_happens(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.agent.connected)
+    await until_async(lambda: a.agent.connected)
     await service.set_policy("static", level=2)
-    await until(lambda: service.status()["models"]["model"]["replicas"]["a"]["level_decode"] == 2)
-    await until(lambda: service.status()["models"]["model"]["observation"]["num_finished"] > 0)
-    await until(lambda: service.status()["redis_ok"])
+    await until_async(lambda: service.status()["models"]["model"]["replicas"]["a"]["level_decode"] == 2)
+    await until_async(lambda: service.status()["models"]["model"]["observation"]["num_finished"] > 0)
+    await until_async(lambda: service.status()["redis_ok"])
+    await until_async(lambda: not service.status()["models"]["model"]["replicas"]["a"]["stale"])
     status = json.loads(json.dumps(service.status()))
     model, replica = status["models"]["model"], status["models"]["model"]["replicas"]["a"]
     assert (model["law"], model["policy"]["level"], model["epoch"], status["epoch"]) == ("static", 2, 1, 1)
     assert model["setting"]["decision"]["decode"]["floor"] == 2
-    assert (replica["num_running"], replica["num_waiting"], replica["stale"]) == (4, 2, False)
-    assert replica["lease_left_s"] > 0 and replica["last_window_age_s"] >= 0
+    assert (replica["num_running"], replica["num_waiting"]) == (4, 2)
+    assert 0 <= replica["lease_left_s"] <= CONFIG.lease_s and replica["last_window_age_s"] >= 0
     rows = service.decisions(10)
     newest, *_, oldest = [row for row in rows if row["kind"] == "setting"]
     assert [row["reason"] for row in rows if row["kind"] == "policy"] == ["static"]
@@ -90,7 +92,7 @@ async def test_status_and_decisions_tell_what_happens(cluster: Cluster) -> None:
 async def test_a_policy_that_cannot_work_is_refused(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     for law, level in (("pid", None), ("static", 5), ("static", -1), ("predictive", 2)):
         with pytest.raises(LawError, match="allowed"):
             await service.set_policy(law, level)
@@ -100,7 +102,7 @@ async def test_a_policy_that_cannot_work_is_refused(cluster: Cluster) -> None:
 async def test_leases_are_renewed(cluster: Cluster) -> None:
     await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: len(a.received) >= 4)
+    await until_async(lambda: len(a.received) >= 4)
     assert {(s.epoch, s.version, s.lease_s) for s in a.received} == {(1, 1, 1.0)}
 
 
@@ -109,55 +111,55 @@ async def test_the_law_answers_what_replicas_measure(cluster: Cluster) -> None:
     await cluster.start_controller(replace(CONFIG, law="aimd", law_params=law_params))
     a = await cluster.start_replica("a")
     a.step_time_s = 0.5  # five times the TPOT objective
-    await until(lambda: a.levels == (4, 4))
-    assert a.setting.reason == "slo_violated"
+    await until_async(lambda: a.levels == (4, 4))
+    assert "slo_violated" in {setting.reason for setting in a.received}
     a.step_time_s = 0.001
-    await until(lambda: a.levels == (0, 0))
+    await until_async(lambda: a.levels == (0, 0))
 
 
 async def test_an_unmeasured_ladder_is_not_climbed(cluster: Cluster) -> None:
     await cluster.start_controller()
     a = await cluster.start_replica("a", replace(MODEL, ladder_measured=False))
-    await until(lambda: a.levels == (0, 0))
+    await until_async(lambda: a.levels == (0, 0))
     assert a.setting.reason == "unmeasured_ladder"
 
 
 async def test_models_are_controlled_apart(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a, b = await cluster.start_replica("a"), await cluster.start_replica("b", replace(MODEL, name="other"))
-    await until(lambda: a.levels == b.levels == (1, 1))
+    await until_async(lambda: a.levels == b.levels == (1, 1))
     await service.set_policy("static", level=4, model_id="other")
-    await until(lambda: b.levels == (4, 4))
+    await until_async(lambda: b.levels == (4, 4))
     assert a.levels == (1, 1)
 
 
 async def test_controller_killed_and_restarted(cluster: Cluster) -> None:
     process = await cluster.start_controller_process("static", 3)
     a, b = await cluster.start_replica("a"), await cluster.start_replica("b")
-    await until(lambda: a.levels == b.levels == (3, 3))
+    await until_async(lambda: a.levels == b.levels == (3, 3))
     before = a.setting
     await asyncio.sleep(0.5)  # for the state to be saved; replicas alone would do as well
     process.kill()
     await process.wait()
-    await until(lambda: not a.agent.connected and not b.agent.connected)
+    await until_async(lambda: not a.agent.connected and not b.agent.connected)
     assert a.levels == (3, 3), "the last setting stays"
     await cluster.start_controller_process("static", 2)
-    await until(lambda: a.levels == b.levels == (2, 2))
+    await until_async(lambda: a.levels == b.levels == (2, 2))
     assert a.setting.epoch == before.epoch + 1
     assert a.setting.version == before.version + 1
-    assert (a.agent.num_connections, b.agent.num_connections) == (2, 2)
+    assert min(a.agent.num_connections, b.agent.num_connections) >= 2
 
 
 async def test_an_operators_policy_outlives_the_controller(cluster: Cluster) -> None:
     first = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     await first.set_policy("off")
-    await until(lambda: a.levels == (0, 0))
+    await until_async(lambda: a.levels == (0, 0))
     before = a.setting
     await first.stop()
     second = await cluster.start_controller()
-    await until(lambda: a.setting.epoch > before.epoch)
+    await until_async(lambda: a.setting.epoch > before.epoch)
     assert a.levels == (0, 0)
     assert a.setting.version == before.version + 1
     rows = second.decisions()
@@ -168,30 +170,30 @@ async def test_an_operators_policy_outlives_the_controller(cluster: Cluster) -> 
 async def test_a_controller_that_hangs_is_left(cluster: Cluster) -> None:
     process = await cluster.start_controller_process("static", 3)
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (3, 3))
+    await until_async(lambda: a.levels == (3, 3))
     process.send_signal(signal.SIGSTOP)
-    await until(lambda: not a.agent.connected)
+    await until_async(lambda: not a.agent.connected)
     await cluster.start_controller()
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     assert a.setting.epoch == 2
 
 
 async def test_redis_killed_and_restarted(cluster: Cluster) -> None:
     service = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (1, 1) and service.status()["redis_ok"])
+    await until_async(lambda: a.levels == (1, 1) and service.status()["redis_ok"])
     assert cluster.redis.pid is not None
     os.kill(cluster.redis.pid, signal.SIGKILL)
-    await until(lambda: not service.status()["redis_ok"])
+    await until_async(lambda: not service.status()["redis_ok"])
     num_received = len(a.received)
     await service.set_policy("static", level=2)
-    await until(lambda: a.levels == (2, 2) and len(a.received) > num_received + 2)
+    await until_async(lambda: a.levels == (2, 2) and len(a.received) > num_received + 2)
     before = a.setting
     cluster.redis.start()  # empty: it keeps nothing on disk
-    await until(lambda: service.status()["redis_ok"])
+    await until_async(lambda: service.status()["redis_ok"])
     await service.stop()
     await cluster.start_controller()
-    await until(lambda: a.setting.epoch > before.epoch)
+    await until_async(lambda: a.setting.epoch > before.epoch)
     assert a.levels == (2, 2), "the policy that was set while Redis was away"
     assert a.setting.version == before.version + 1
 
@@ -200,25 +202,25 @@ async def test_redis_away_at_the_start(cluster: Cluster) -> None:
     cluster.redis.stop()
     service = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     assert not service.status()["redis_ok"]
     cluster.redis.start()
-    await until(lambda: service.status()["redis_ok"] and a.setting.epoch == 1)
+    await until_async(lambda: service.status()["redis_ok"] and a.setting.epoch == 1)
     assert a.levels == (1, 1)
 
 
 async def test_a_controller_that_lost_its_memory_continues_above_the_replicas(cluster: Cluster) -> None:
     first = await cluster.start_controller()
     a = await cluster.start_replica("a")
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     for level in (2, 3):
         await first.set_policy("static", level=level)
-    await until(lambda: a.levels == (3, 3))
+    await until_async(lambda: a.levels == (3, 3))
     before = a.setting
     await first.stop()
     cluster.redis.stop()
     await cluster.start_controller()
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
     assert a.setting.newer_than(before) and a.setting.version > before.version
 
 
@@ -252,7 +254,7 @@ async def test_nothing_that_goes_wrong_in_a_replica_ends_its_agent(cluster: Clus
         period_s=0.05,
     )
     await agent.start()
-    await until(lambda: agent.connected and min(num_calls.values()) >= 3)
+    await until_async(lambda: agent.connected and min(num_calls.values()) >= 3)
     await agent.stop()
 
 
@@ -289,18 +291,18 @@ async def test_garbage_is_refused_and_the_stream_goes_on(cluster: Cluster) -> No
         def model() -> dict[str, object]:
             return service.status()["models"]["model"]
 
-        await until(lambda: model()["num_windows"]["out_of_order"] == 1)
-        await until(lambda: model()["replicas"]["raw"]["num_refused"] == 6)
+        await until_async(lambda: model()["num_windows"]["out_of_order"] == 1)
+        await until_async(lambda: model()["replicas"]["raw"]["num_refused"] == 6)
         assert (model()["num_windows"]["duplicate"], model()["num_windows"]["nonsense"]) == (1, 6)
         assert model()["replicas"]["raw"]["quarantined"] and not model()["replicas"]["a"]["quarantined"]
-        await until(lambda: model()["observation"]["num_quarantined"] == 1)
+        await until_async(lambda: model()["observation"]["num_quarantined"] == 1)
         for sequence in range(5, 60):
             await call.write(window(sequence))
-        await until(lambda: not model()["replicas"]["raw"]["quarantined"])
-        await until(lambda: model()["replicas"]["raw"]["num_running"] == 59)
+        await until_async(lambda: not model()["replicas"]["raw"]["quarantined"])
+        await until_async(lambda: model()["replicas"]["raw"]["num_running"] == 59)
         assert (await call.read()).setting.epoch == 1
         call.cancel()
-    await until(lambda: "raw" not in service.status()["models"]["model"]["replicas"])
+    await until_async(lambda: "raw" not in service.status()["models"]["model"]["replicas"])
     assert a.agent.num_connections == 1
 
 
@@ -332,7 +334,7 @@ async def test_a_newer_stream_of_a_replica_replaces_the_older(cluster: Cluster) 
             await call.read()
         older.cancel()
         await newer.write(window(1))
-        await until(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
+        await until_async(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
         await service.set_policy("static", level=4)
         while (await newer.read()).setting.phases[1].floor != 4:
             pass
@@ -340,15 +342,15 @@ async def test_a_newer_stream_of_a_replica_replaces_the_older(cluster: Cluster) 
 
 
 async def test_a_replica_whose_host_vanished_is_forgotten(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("controller.streams.MAX_SILENCE_S", 0.3)
+    monkeypatch.setattr("controller.streams.MAX_SILENCE_S", 1.0)
     service = await cluster.start_controller()
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         call = control_pb2_grpc.ControlStub(channel).Stream()
         await call.write(HELLO)
         await call.read()
+        assert "raw" in service.status()["models"]["model"]["replicas"]
         await call.write(window(1))
-        await until(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
-        await until(lambda: service.status()["models"]["model"]["replicas"] == {})
+        await until_async(lambda: service.status()["models"]["model"]["replicas"] == {})
         call.cancel()
 
 

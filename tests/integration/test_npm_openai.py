@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from cluster.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, engine_config, serve
 from tests.models import write_config
+from tests.waiting import until
 
 FOLDER = Path(__file__).parent / "node"
 
@@ -29,10 +29,7 @@ def test_the_npm_client(tmp_path: Path) -> None:
     with serve(engine_config(path), IngressSection()) as api:
         command = ["node", str(FOLDER / "client.mjs"), f"{api.url}/v1", MODEL]
         seen = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)
-        deadline_s = time.monotonic() + 10
-        while api.service.concurrency.num_held:  # its last stream, which it left
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
+        until(lambda: not api.service.concurrency.num_held)  # its last stream, which it left
     assert seen["models"] == [MODEL]
     assert seen["streamed"] == seen["whole"]
     assert seen["call"]["name"] == "look" and seen["call"]["reason"] == "tool_calls"

@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
 from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, marked_pids, spawn
+from tests.waiting import until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # A process that ignores SIGTERM and has a child in a session of its own, as Ray's workers may.
@@ -31,9 +31,7 @@ def test_every_marked_process_is_ended_and_no_other(tmp_path: Path) -> None:
     stranger = subprocess.Popen(SLEEP, env={**os.environ, MARK: others})
     process = spawn(STUBBORN, {**os.environ, MARK: ours}, tmp_path, tmp_path / "log")
     try:
-        while "ready" not in (tmp_path / "log").read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: "ready" in (tmp_path / "log").read_text())
         assert len(marked_pids(ours)) == 2
         end_marked(ours, grace_s=0.2)
         assert marked_pids(ours) == []
@@ -54,9 +52,7 @@ def test_a_child_without_the_mark_is_ended_too(tmp_path: Path) -> None:
         "time.sleep(600)"
     )
     process = spawn([sys.executable, "-c", parent], {**os.environ, MARK: mark}, tmp_path, log)
-    while not log.read_text().endswith("\n"):
-        assert process.poll() is None
-        time.sleep(0.01)
+    until(lambda: log.read_text().endswith("\n"))
     child = Path("/proc", log.read_text().strip())
     assert child.exists()
     end_marked(mark, grace_s=5.0)
@@ -73,11 +69,7 @@ def test_a_spawned_process_ends_with_its_parent(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", parent], env={**os.environ, MARK: mark}, timeout=60)
     assert ended.returncode == -signal.SIGKILL
-    for _ in range(200):
-        if not marked_pids(mark):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the child outlived its parent")
+    until(lambda: not marked_pids(mark))
 
 
 def test_ports() -> None:

@@ -17,13 +17,14 @@ from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
+from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from cluster.admission.key_store import RedisKeyStore
 from cluster.admission.keys import new_key
 from cluster.autoscaling import APP, PlannedReplicas
 from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
-from cluster.router.loads import LoadPublisher, connect
+from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router
@@ -31,7 +32,8 @@ from controller.planner import PlannerParams
 from controller.settings import plan_key
 from engine.types import GenerationRequest
 from tests.certificates import certificate
-from tests.integration.control_harness import CONFIG, Cluster, until
+from tests.integration.control_harness import CONFIG, Cluster
+from tests.waiting import until_async
 
 HOST = "localhost"  # the name that the certificate is for
 GROUP, PREFIX = "app:engines", "app"
@@ -107,7 +109,7 @@ def url(server: RedisServer, tls: TlsTerminator, tmp_path: Path) -> str:
     return f"rediss://:{urlsplit(server.url).password}@{HOST}:{tls.port}/0?ssl_ca_certs={tmp_path / 'ca'}"
 
 
-async def routed(url: str, seconds: float = 3.0) -> set[str]:
+async def routed(url: str, seconds: float = 60.0) -> set[str]:
     """The replicas of which a router knows the load, once it knows any, or after a while."""
     publishers = [
         LoadPublisher(url, GROUP, name, lambda sequence: replace(LOAD, sequence=sequence)) for name in REPLICAS
@@ -141,18 +143,18 @@ async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str) -> N
         planner = PlannerParams(min_replicas=1, max_replicas=3)
         service = await cluster.start_controller(replace(CONFIG, key_prefix=PREFIX, planner=planner), redis_url=url)
         replica = await cluster.start_replica("a")
-        await until(lambda: replica.levels == (1, 1))
+        await until_async(lambda: replica.levels == (1, 1))
         await service.set_policy("static", 3)
-        await until(lambda: replica.levels == (3, 3) and service.status()["redis_ok"])
-        await until(lambda: service.decisions(50))
+        await until_async(lambda: replica.levels == (3, 3) and service.status()["redis_ok"])
+        await until_async(lambda: service.decisions(50))
         epoch, model = service.status()["epoch"], service.status()["models"]["model"]
-        client = connect(url)
-        async with asyncio.timeout(10):
+        client = Redis.from_url(url)
+        async with asyncio.timeout(60):
             while await client.get(plan_key(PREFIX, "model")) is None:
                 await asyncio.sleep(0.02)
         policy = PlannedReplicas(plan_key(APP, "model"), url)
         context = SimpleNamespace(app_name=PREFIX, target_num_replicas=0)
-        await until(lambda: policy(context)[0] > 0)
+        await until_async(lambda: policy(context)[0] > 0)
         store, (_, record) = RedisKeyStore(url, PREFIX), new_key("acme", now_s=0.0)
         await asyncio.to_thread(store.add, record)
         assert await asyncio.to_thread(store.load) == [record]
@@ -162,7 +164,7 @@ async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str) -> N
         await service.stop()
         cluster.services.remove(service)
         again = await cluster.start_controller(replace(CONFIG, key_prefix=PREFIX), redis_url=url)
-        await until(lambda: again.status()["redis_ok"] and "model" in again.status()["models"])
+        await until_async(lambda: again.status()["redis_ok"] and "model" in again.status()["models"])
         assert again.status()["epoch"] == epoch + 1
         assert again.status()["models"]["model"]["policy"] == model["policy"]
         assert again.decisions(50)

@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
+from redis.asyncio import Redis
 
 from cluster.redis_server import RedisServer
-from cluster.router.loads import LEASE_S, LoadPublisher, connect
+from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad, rank
 from cluster.router.registry import STALE_S, LoadRegistry
 from engine.step_time import StepTimeModel
 from engine.types import EngineDeadError, PhaseSetting
+from tests.waiting import until_async
 
 APP = "app"
 LOAD = ReplicaLoad(0, 0, 0, max_num_seqs=8, queued_prefill_tokens=0, max_num_batched_tokens=256, kv_used_frac=0.0)
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"waited {timeout_s} s in vain"
-        await asyncio.sleep(0.01)
-
-
 class Replica:
-    """What a publisher publishes for; its load can be set, its engine can die."""
+    """What a publisher publishes for; its load can be set, its engine can die, its publications can stand still."""
 
     def __init__(self, redis_url: str, replica_id: str) -> None:
         self.load = LOAD
         self.dead = False
+        self.frozen = False
+        self.sequence = 0
         self.publisher = LoadPublisher(redis_url, APP, replica_id, self._take_load)
 
     def _take_load(self, sequence: int) -> ReplicaLoad:
         if self.dead:
             raise EngineDeadError("dead")
-        return replace(self.load, sequence=sequence)
+        if not self.frozen:
+            self.sequence = sequence
+        return replace(self.load, sequence=self.sequence)
 
 
 @pytest_asyncio.fixture
@@ -63,7 +62,7 @@ async def replicas(redis: RedisServer) -> AsyncIterator[dict[str, Replica]]:
 async def registry(redis: RedisServer, replicas: dict[str, Replica]) -> AsyncIterator[LoadRegistry]:
     registry = LoadRegistry(redis.url, APP)
     registry.watch(["a", "b", "never started"])
-    await until(lambda: len(registry.loads()) == 2)
+    await until_async(lambda: len(registry.loads()) == 2)
     yield registry
     await registry.close()
 
@@ -78,38 +77,48 @@ async def test_loads_arrive_and_change(replicas: dict[str, Replica], registry: L
     model, unlimited = StepTimeModel((1, 8), ((0.1, 0.2),), trim=1.5), PhaseSetting(0, 2, float("inf"))
     changed = replace(LOAD, num_running=5, num_waiting=2, kv_used_frac=0.5, step_time=model, decode=unlimited)
     replicas["a"].load = changed
-    await until(lambda: registry.loads()["a"].num_waiting == 2)
+    await until_async(lambda: "a" in registry.loads() and registry.loads()["a"].num_waiting == 2)
     assert replace(registry.loads()["a"], sequence=0) == changed
-    assert best(registry) == "b"
+    await until_async(lambda: best(registry) == "b")
 
 
 async def test_own_picks_count_until_the_published_load_shows_them(registry: LoadRegistry) -> None:
+    await until_async(lambda: best(registry))
     for _ in range(10):
         registry.count_pick(best(registry))
     assert registry.num_picked() == {"a": 5, "b": 5}
-    await until(lambda: not registry.num_picked())
+    await until_async(lambda: not registry.num_picked())
 
 
-async def test_picks_of_other_processes_count_too(redis: RedisServer, registry: LoadRegistry) -> None:
+async def test_picks_of_other_processes_count_too(
+    redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry
+) -> None:
     other = LoadRegistry(redis.url, APP)
     other.watch(["a", "b"])
-    await until(lambda: len(other.loads()) == 2)
+    replicas["a"].frozen = True  # no publication shows the picks
+    for each in (registry, other):
+        await until_async(lambda each=each: "a" in each.loads() and sequence_of_a(each) == replicas["a"].sequence)
     for _ in range(3):
         registry.count_pick("a")
-    await until(lambda: other.num_picked() == {"a": 3})
-    assert best(other) == "b"
-    await until(lambda: not other.num_picked())
+    await until_async(lambda: other.num_picked() == {"a": 3})
+    await until_async(lambda: best(other) == "b")
+    replicas["a"].frozen = False
+    await until_async(lambda: not other.num_picked())
     await other.close()
+
+
+def sequence_of_a(registry: LoadRegistry) -> int:
+    return registry.loads()["a"].sequence
 
 
 async def test_nothing_stays_in_redis(redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry) -> None:
     registry.count_pick("a")
-    await until(lambda: not registry.num_picked())
+    await until_async(lambda: not registry.num_picked())
     await registry.close()
     for replica in replicas.values():
         await replica.publisher.stop()
-    client = connect(redis.url)
-    async with asyncio.timeout(10):
+    client = Redis.from_url(redis.url)
+    async with asyncio.timeout(60):
         while await client.keys():
             await asyncio.sleep(0.05)
     await client.aclose()
@@ -123,23 +132,29 @@ async def test_another_application_is_not_seen(redis: RedisServer, registry: Loa
     await other.close()
 
 
+@pytest.fixture
+def long_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load that is gone has been withdrawn, it has not expired."""
+    monkeypatch.setattr("cluster.router.loads.LEASE_S", 600.0)
+    monkeypatch.setattr("cluster.router.loads.TIMEOUT_S", 10.0)
+
+
+@pytest.mark.usefixtures("long_lease")
 async def test_a_stopped_or_dead_replica_is_unknown_at_once(
     replicas: dict[str, Replica], registry: LoadRegistry
 ) -> None:
     replicas["a"].dead = True
-    started_s = time.monotonic()
-    await until(lambda: set(registry.loads()) == {"b"})
+    await until_async(lambda: set(registry.loads()) == {"b"})
     await replicas["b"].publisher.stop()
-    await until(lambda: not registry.loads())
-    assert time.monotonic() - started_s < LEASE_S  # withdrawn, not expired
+    await until_async(lambda: not registry.loads())
     replicas["a"].dead = False  # it had only stalled
-    await until(lambda: set(registry.loads()) == {"a"})
+    await until_async(lambda: set(registry.loads()) == {"a"})
 
 
 async def test_redis_dies_and_comes_back(
     redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry
 ) -> None:
     redis.stop()
-    await until(lambda: best(registry) is None)  # no opinion: the router goes by its own count
+    await until_async(lambda: best(registry) is None)  # no opinion: the router goes by its own count
     redis.start()
-    await until(lambda: best(registry) is not None)
+    await until_async(lambda: best(registry) is not None)

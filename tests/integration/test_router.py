@@ -5,32 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
+from redis.asyncio import Redis
 
 from cluster.redis_server import RedisServer
-from cluster.router.loads import TIMEOUT_S, LoadPublisher, connect, load_key
+from cluster.router.loads import TIMEOUT_S, LoadPublisher, load_key
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router, home_of
 from engine.types import GenerationRequest
 from tests.integration.control_harness import TcpProxy
+from tests.waiting import until_async
 
 APP = "app"
 REPLICAS = ("a", "b", "c")
 REQUEST = GenerationRequest("r", (1, 2, 3))
 LOAD = ReplicaLoad(0, 0, 0, max_num_seqs=8, queued_prefill_tokens=0, max_num_batched_tokens=256, kv_used_frac=0.0)
-
-
-async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 @pytest_asyncio.fixture
@@ -80,7 +76,7 @@ async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[
     loads["a"] = replace(LOAD, num_running=6)
     loads["b"] = replace(LOAD, num_running=8, num_waiting=9)
     ingress.registry.watch(REPLICAS)
-    await until(lambda: any(load.num_waiting for load in ingress.registry.loads().values()))
+    await until_async(lambda: {n: replace(x, sequence=0) for n, x in ingress.registry.loads().items()} == loads)
     assert ingress.send() == "c"
 
 
@@ -111,13 +107,13 @@ async def test_the_first_request_does_not_wait_for_a_redis_that_hangs(redis: Red
 
 async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     ingress.registry.watch(REPLICAS)
-    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
     assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
 
 
 async def test_a_session_and_a_prompt_stay_where_they_were(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     ingress.registry.watch(REPLICAS)
-    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
     first = ingress.send(replace(REQUEST, prompt_ids=tuple(range(200))))
     assert ingress.send(replace(REQUEST, prompt_ids=(*range(200), 5))) == first
     homes = Counter(home_of(f"session {number}", REPLICAS) for number in range(300))
@@ -129,14 +125,14 @@ async def test_a_session_and_a_prompt_stay_where_they_were(ingress: Ingress, loa
 async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     """Without loads, the requests that this process holds decide; no pick ever waits."""
     ingress.registry.watch(REPLICAS)
-    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
     redis.stop()
-    await until(lambda: not ingress.registry.loads())
+    await until_async(lambda: not ingress.registry.loads())
     ingress.held = {"a": 5, "b": 0, "c": 5}
     assert [ingress.send() for _ in range(5)] == ["b"] * 5
     assert set(ingress.held.values()) == {5}
     redis.start()
-    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
 
 
 async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
@@ -147,9 +143,9 @@ async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
     async with TcpProxy(place) as proxy:
         ingress = Ingress(f"redis://:{password}@{proxy.address}/0")
         ingress.registry.watch(REPLICAS)
-        await until(lambda: len(ingress.registry.loads()) == 3)
+        await until_async(lambda: len(ingress.registry.loads()) == 3)
         proxy.cut()
-        await until(lambda: not ingress.registry.loads())
+        await until_async(lambda: not ingress.registry.loads())
         started_s = time.monotonic()
         for _ in range(60):
             ingress.send()
@@ -157,7 +153,7 @@ async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
         assert set(ingress.held.values()) == {20}
         assert time.monotonic() - started_s < 30 * TIMEOUT_S  # picks that wait for Redis would take twice that
         proxy.heal()
-        await until(lambda: len(ingress.registry.loads()) == 3)
+        await until_async(lambda: len(ingress.registry.loads()) == 3)
         await ingress.registry.close()
 
 
@@ -165,20 +161,20 @@ async def test_a_flushed_redis_is_filled_again(
     redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad]
 ) -> None:
     ingress.registry.watch(REPLICAS)
-    await until(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
     ingress.send()
-    client = connect(redis.url)
+    client = Redis.from_url(redis.url)
     for _ in range(20):
         await client.flushall()
         assert ingress.send() in REPLICAS
         await asyncio.sleep(0.01)
     await client.aclose()
-    await until(lambda: len(ingress.registry.loads()) == 3)
-    await until(lambda: not ingress.registry.num_picked())  # counts of before do not come back
+    await until_async(lambda: len(ingress.registry.loads()) == 3)
+    await until_async(lambda: not ingress.registry.num_picked())  # counts of before do not come back
 
 
 async def test_without_redis_or_with_nonsense_in_it_the_own_load_decides(redis: RedisServer) -> None:
-    client = connect(redis.url)
+    client = Redis.from_url(redis.url)
     for replica_id in REPLICAS:
         await client.set(load_key(APP, replica_id), b"\x80 not a load")
     await client.aclose()

@@ -12,7 +12,8 @@ import pytest
 from controller.config import ConfigError, StreamSecurity
 from engine.agent import ControlCredentials
 from tests.certificates import Authority, certificate
-from tests.integration.control_harness import CONFIG, Cluster, until
+from tests.integration.control_harness import CONFIG, Cluster
+from tests.waiting import until_async
 
 SERVER_NAME = "brownoutserve-controller"
 
@@ -36,7 +37,7 @@ async def test_with_certificate_and_token(cluster: Cluster, security: StreamSecu
     await cluster.start_controller(replace(CONFIG, security=security))
     credentials = ControlCredentials(authority.pem, "open sesame", SERVER_NAME)
     a = await cluster.start_replica("a", credentials=credentials)
-    await until(lambda: a.levels == (1, 1))
+    await until_async(lambda: a.levels == (1, 1))
 
 
 WRONG: dict[str, Callable[[Authority], ControlCredentials]] = {
@@ -53,7 +54,7 @@ async def test_without_them_no_setting_is_had(cluster: Cluster, security: Stream
     wrong = [await cluster.start_replica(name, credentials=make(authority)) for name, make in WRONG.items()]
     credentials = ControlCredentials(authority.pem, "open sesame", SERVER_NAME)
     right = await cluster.start_replica("right", credentials=credentials)
-    await until(lambda: len(right.received) > 4)  # several times as long as a connection takes
+    await until_async(lambda: len(right.received) > 4)  # several times as long as a connection takes
     assert [replica.received for replica in wrong] == [[]] * len(WRONG)
     assert list(service.status()["models"]["model"]["replicas"]) == ["right"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig, ModelConfig, SchedulerConfig
 from engine.types import EngineBusyError, EngineDeadError, GenerationRequest, InvalidRequestError, SamplingParams
 from tests.models import write_config
+from tests.waiting import until_async
 
 TOKEN = "secret"
 HOST = "127.0.0.1"
@@ -30,12 +31,6 @@ def request(request_id: str, max_tokens: int = 8, prompt: tuple[int, ...] = (1, 
 
 async def collect(source: ReplicaChannel | AsyncEngine, request: GenerationRequest) -> list[int]:
     return [token async for output in source.generate(request) for token in output.token_ids]
-
-
-async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 @pytest_asyncio.fixture
@@ -94,7 +89,7 @@ async def test_a_closed_stream_ends_in_the_engine(engine: AsyncEngine, server: C
     async with aclosing(ingress.channel.generate(request("a", LONG))) as outputs:
         await anext(outputs)
         assert server.num_open == 1
-    await until(lambda: not server.num_open)
+    await until_async(lambda: not server.num_open)
     await collect(engine, request("b"))  # the abort was queued before
     assert engine.stats().num_running == 0
     assert engine.stats().kv_used_frac == 0
@@ -105,7 +100,7 @@ async def test_refusals_arrive_as_they_are(ingress: Ingress) -> None:
         await collect(ingress.channel, request("a", prompt=(10**6,)))
     assert invalid.value.param == "prompt"
     outcomes = await asyncio.gather(
-        *(collect(ingress.channel, request(f"r{i}", 30)) for i in range(80)), return_exceptions=True
+        *(collect(ingress.channel, request(f"r{i}", 30)) for i in range(160)), return_exceptions=True
     )
     busy = [outcome for outcome in outcomes if isinstance(outcome, EngineBusyError)]
     assert busy
@@ -124,7 +119,7 @@ async def test_an_ingress_that_goes_away_leaves_nothing_behind(engine: AsyncEngi
             async for _ in stream:
                 pass
     assert ingress.lost == []  # it closed the channel itself
-    await until(lambda: not server.num_open)
+    await until_async(lambda: not server.num_open)
     await collect(engine, request("b"))
     assert engine.stats().num_running == 0
 
@@ -158,15 +153,15 @@ async def test_a_wedged_engine_ends_its_requests(
 
 
 async def test_draining_finishes_what_runs_and_refuses_the_rest(server: ChannelServer, ingress: Ingress) -> None:
-    outputs = ingress.channel.generate(request("a", 100))
+    outputs = ingress.channel.generate(request("a", LONG))
     await anext(outputs)
-    drained = asyncio.create_task(server.drain(30))
+    drained = asyncio.create_task(server.drain(60))
     await asyncio.sleep(0)
     with pytest.raises(DrainingError):
         await collect(ingress.channel, request("b"))
     assert not drained.done()
     *_, last = [output async for output in outputs]
-    assert last.usage.completion_tokens == 100
+    assert last.usage.completion_tokens == LONG
     await drained
 
 
@@ -174,7 +169,7 @@ async def test_a_channel_needs_the_token(engine: AsyncEngine, server: ChannelSer
     ingress = await Ingress().open(server.address, "wrong")
     with pytest.raises(ReplicaLostError):
         await collect(ingress.channel, request("a"))
-    await until(lambda: ingress.lost)
+    await until_async(lambda: ingress.lost)
     await ingress.channel.close()
 
 
