@@ -20,9 +20,9 @@ import yaml
 from cluster.local import LocalCluster
 from cluster.processes import MARK, marked_pids
 from tests.e2e.conftest import MODEL
-from tests.waiting import until
 from tests.models import PROJECT_ROOT, write_config
 from tests.united import change_manifest, write_united
+from tests.waiting import until
 
 TEST_MARK = "BROWNOUTSERVE_TEST"
 

@@ -87,7 +87,7 @@ async def test_the_first_request_of_a_process_knows_the_loads_too(
     loads |= {"a": replace(LOAD, num_running=6), "b": replace(LOAD, num_running=8, num_waiting=9)}
     older = LoadRegistry(redis.url, APP)
     older.watch(REPLICAS)
-    await until(lambda: sorted(load.held for load in older.loads().values()) == [0, 6, 17])
+    await until_async(lambda: sorted(load.held for load in older.loads().values()) == [0, 6, 17])
     await older.close()
     await ingress.router.wait_for_loads(REPLICAS)
     assert ingress.send() == "c"
