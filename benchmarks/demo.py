@@ -1,7 +1,8 @@
 """``make demo``: a whole cluster on this machine, the same burst without and with brownout, one table.
 
-Starts a local cluster, measures its capacity at level 0, replays quiet / burst / quiet twice, writes ``report.json``
-and ``burst.png``, and stops all that it started, also when it fails or is interrupted.
+Starts a local cluster, lets its trained model continue some prompts, measures the capacity at level 0, replays
+quiet / burst / quiet twice, writes ``report.json`` and ``burst.png``, and stops all that it started, also when it fails
+or is interrupted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 
 from benchmarks.live import RequestMonitor, every
@@ -23,6 +25,7 @@ from benchmarks.loadgen.closed_loop import Throughput, run_closed_loop, throughp
 from benchmarks.loadgen.open_loop import run_open_loop
 from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
+from benchmarks.samples import Sample, read_samples, samples_table
 from benchmarks.scenario import REPOSITORY, Scenario, ScenarioError, load_scenario
 from benchmarks.summary import Measurement, Run, render_table, write_results
 from benchmarks.workloads.workload import Workload
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ScenarioError, ConfigError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, httpx.HTTPError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -91,12 +94,26 @@ class BurstDemo:
     async def run(self) -> Measurement:
         """Capacity first, then each policy with the same arrivals."""
         scenario = self._scenario
+        samples = await self._samples()
         model = await asyncio.to_thread(self._cluster.model_info)
         async with CompletionClient(self._cluster.url, model.name, scenario.request_timeout_s) as client:
             capacity = await self._capacity(client, model.vocab_size)
             workload = scenario.workload(capacity.req_s, model.vocab_size)
-            runs = {name: await self._replay(name, client, workload.marked(mark)) for mark, name in enumerate(POLICIES)}
-        return Measurement(model, self._slo, capacity, workload, runs)
+            runs = {
+                name: await self._replay(name, client, workload.marked(mark), model.name)
+                for mark, name in enumerate(POLICIES)
+            }
+        return Measurement(model, self._slo, capacity, workload, runs, samples)
+
+    async def _samples(self) -> list[Sample]:
+        if (section := self._scenario.samples) is None:
+            return []
+        with self._console.status(f"{section.model} continues {len(section.prompts)} prompts"):
+            samples = await asyncio.to_thread(
+                read_samples, self._cluster.url, self._controller, section, self._scenario.seed
+            )
+        self._console.print(samples_table(samples))
+        return samples
 
     async def _capacity(self, client: CompletionClient, vocab_size: int) -> Throughput:
         """Requests per second that the cluster completes at level 0 when it is never idle."""
@@ -108,7 +125,7 @@ class BurstDemo:
         self._console.print(f"capacity at level 0: {capacity.req_s:.1f} requests/s, {capacity.tok_s:.0f} tokens/s")
         return capacity
 
-    async def _replay(self, name: str, client: CompletionClient, workload: Workload) -> Run:
+    async def _replay(self, name: str, client: CompletionClient, workload: Workload, model: str) -> Run:
         await asyncio.to_thread(self._controller.set_policy, POLICIES[name])
         await asyncio.sleep(self._scenario.settle_s)
         monitor = RequestMonitor()
@@ -116,7 +133,7 @@ class BurstDemo:
         with self._console.status(f"brownout {name}") as status:
 
             def sample(at_s: float) -> None:
-                levels.append(LevelSample(at_s, level := _level_now(self._controller.status())))
+                levels.append(LevelSample(at_s, level := _level_now(self._controller.status(), model)))
                 phase = self._scenario.phase_at(at_s)
                 progress = monitor.progress(at_s, len(workload.arrivals))
                 status.update(f"brownout {name}  {at_s:5.1f} s {phase:5}  {progress}  level {level:.1f}")
@@ -135,10 +152,9 @@ def _end_by_sigterm_as_by_ctrl_c() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _level_now(status: dict[str, Any]) -> float:
-    """Mean decode level of the replicas of the cluster's one model."""
-    (model,) = status["models"].values()
-    level: float = model["observation"]["level_now"]
+def _level_now(status: dict[str, Any], model: str) -> float:
+    """Mean decode level of the model's replicas."""
+    level: float = status["models"][model]["observation"]["level_now"]
     return level
 
 

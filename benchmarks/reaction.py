@@ -1,6 +1,6 @@
 """How soon a live engine dims when a burst comes: from its first request to the launch of the first dimmed step.
 
-An engine of deploy/serve/demo-random.yaml in a thread of its own, as in a replica, on the wall clock: a few requests
+An engine of deploy/serve/two-models.yaml in a thread of its own, as in a replica, on the wall clock: a few requests
 run at level 0, then many arrive at once. Their queue breaks the promise, and the governor sees it before the next step,
 so the delay is what is left of the step under way. Both are measured for each burst, and saved as live rows of
 results/control.json.

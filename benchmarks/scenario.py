@@ -56,8 +56,17 @@ class CapacitySection(_Section):
         return ClosedLoop(self.concurrency, self.ramp_s, self.measure_s)
 
 
+class SampleSection(_Section):
+    """Prompts that a model of the cluster continues before the load comes, for people to read."""
+
+    model: str
+    prompts: tuple[str, ...] = Field(min_length=1)
+    max_tokens: PositiveInt
+    temperature: float = Field(ge=0)
+
+
 class Scenario(_Section):
-    """One burst scenario; times in seconds, lengths in tokens."""
+    """One burst scenario, for the first model of the Serve file; times in seconds, lengths in tokens."""
 
     serve_config: str  # relative to the repository
     seed: int = Field(ge=0)
@@ -66,6 +75,7 @@ class Scenario(_Section):
     phases: tuple[PhaseSection, ...] = Field(min_length=1)
     arrival_cv: PositiveFloat = 1.0
     capacity: CapacitySection
+    samples: SampleSection | None = None
     settle_s: float = Field(ge=0)
     request_timeout_s: PositiveFloat
 

@@ -15,6 +15,7 @@ from benchmarks.loadgen.closed_loop import Throughput
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.plots.burst import LevelSample, RunCurve, draw_burst
 from benchmarks.report import RunMetrics, Slo, by_second, measure
+from benchmarks.samples import Sample
 from benchmarks.scenario import Scenario
 from benchmarks.workloads.workload import Workload
 from engine.types import ModelInfo
@@ -40,6 +41,7 @@ class Measurement:
     capacity: Throughput
     workload: Workload
     runs: dict[str, Run]  # "off" and "on"
+    samples: Sequence[Sample]
 
 
 def write_results(measurement: Measurement, scenario: Scenario, out: Path) -> None:
@@ -73,6 +75,7 @@ def _report(measurement: Measurement, scenario: Scenario) -> dict[str, Any]:
         "step_time_s_by_level": list(model.step_time_s_by_level),
         "level_names": list(model.level_names),
         "model": model.name,
+        "samples": [asdict(sample) for sample in measurement.samples],
         "slo": asdict(measurement.slo),
         "seed": scenario.seed,
         "workload": scenario.model_dump(exclude={"seed"}),

@@ -28,10 +28,10 @@ class ControllerClient:
         status: dict[str, Any] = self._ask("status")
         return status
 
-    def set_policy(self, law: str, level: int | None = None) -> None:
+    def set_policy(self, law: str, level: int | None = None, model: str | None = None) -> None:
         """``law``: "off", "freeze" (the level of now), "auto" (what was deployed), "static" with a level, or another
-        law's name. Raises LawError."""
-        self._ask("set_policy", law, level)
+        law's name; for one model or for all. Raises LawError."""
+        self._ask("set_policy", law, level, model)
 
     def decisions(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest decisions, newest first."""

@@ -55,10 +55,10 @@ class ControllerHost:
         await self.address()
         return self._service.status()
 
-    async def set_policy(self, law: str, level: int | None = None) -> None:
-        """Raises LawError when the law or its level does not exist."""
+    async def set_policy(self, law: str, level: int | None = None, model: str | None = None) -> None:
+        """For one model or for all. Raises LawError when the law, its level or the model does not exist."""
         await self.address()
-        await self._service.set_policy(law, level)
+        await self._service.set_policy(law, level, model)
 
     async def decisions(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest decisions, newest first."""

@@ -44,6 +44,8 @@ class ControllerState:
 
         "off" pins level 0, "freeze" the level that the replicas have now, "auto" takes all orders back.
         """
+        if model_id is not None and model_id not in self.models:
+            raise LawError(f"model is {model_id!r}; allowed: {', '.join(sorted(self.models)) or 'none has reported'}")
         concerned = [control for control in self.models.values() if model_id in (None, control.model_id)]
         if law == "freeze":
             orders = {control: Policy("static", {"level": _level_now(control)}) for control in concerned}

@@ -41,7 +41,7 @@ from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
 from engine.types import BrownoutSetting, GenerationRequest, Levels, PhaseSetting, SamplingParams
 
-SERVE_FILE = REPOSITORY / "deploy/serve/demo-random.yaml"
+SERVE_FILE = REPOSITORY / "deploy/serve/two-models.yaml"
 MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
 MIN_STEPS = 20  # that a level must have run before its times are its own
 STEPS_PER_LEVEL = 5  # before the next level has its turn

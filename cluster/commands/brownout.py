@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
 from cluster.commands.common import console, running_controller, target_options
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom an order concerns."""
+
+    address: str | None
+    app: str
+    model: str | None
+
+
 @click.group()
 @target_options
+@click.option("--model", help="One of several models, by its name in /v1/models; without it, all of them.")
 @click.pass_context
-def brownout(context: click.Context, address: str | None, app: str) -> None:
+def brownout(context: click.Context, address: str | None, app: str, model: str | None) -> None:
     """Steer dimming while serving; takes effect on the next engine step and outlives controller restarts."""
-    context.obj = {"address": address, "app": app}
+    context.obj = Target(address, app, model)
 
 
 @brownout.command("off")
 @click.pass_obj
-def brownout_off(target: dict[str, str]) -> None:
+def brownout_off(target: Target) -> None:
     """Never dim: every answer is exact."""
     _set_policy(target, "off")
 
 
 @brownout.command("freeze")
 @click.pass_obj
-def brownout_freeze(target: dict[str, str]) -> None:
+def brownout_freeze(target: Target) -> None:
     """Pin the level that the replicas have now, whatever the load does next."""
     _set_policy(target, "freeze")
 
 
 @brownout.command("auto")
 @click.pass_obj
-def brownout_auto(target: dict[str, str]) -> None:
+def brownout_auto(target: Target) -> None:
     """Follow the control law that the application was deployed with."""
     _set_policy(target, "auto")
 
@@ -39,7 +51,7 @@ def brownout_auto(target: dict[str, str]) -> None:
 @brownout.command("set")
 @click.argument("level", type=click.IntRange(min=0))
 @click.pass_obj
-def brownout_set(target: dict[str, str], level: int) -> None:
+def brownout_set(target: Target, level: int) -> None:
     """Pin the brownout level: 0 is exact, higher is faster and less exact."""
     _set_policy(target, "static", level)
 
@@ -47,14 +59,17 @@ def brownout_set(target: dict[str, str], level: int) -> None:
 @brownout.command("law")
 @click.argument("name")
 @click.pass_obj
-def brownout_law(target: dict[str, str], name: str) -> None:
+def brownout_law(target: Target, name: str) -> None:
     """Follow another control law: predictive, pi, aimd or static."""
     _set_policy(target, name)
 
 
-def _set_policy(target: dict[str, str], law: str, level: int | None = None) -> None:
-    with running_controller(**target) as controller:
-        controller.set_policy(law, level)
-        policy = next(iter(controller.status()["models"].values()), controller.status())["policy"]
-    shown = "" if policy["level"] is None else f", level {policy['level']}"
-    console.print(f"policy {policy['law']}{shown}")
+def _set_policy(target: Target, law: str, level: int | None = None) -> None:
+    with running_controller(target.address, target.app) as controller:
+        controller.set_policy(law, level, target.model)
+        status = controller.status()
+    models = {name: model for name, model in status["models"].items() if target.model in (None, name)}
+    for name, described in models.items() or [("no model has reported", status)]:
+        policy = described["policy"]
+        shown = "" if policy["level"] is None else f", level {policy['level']}"
+        console.print(f"{name}: policy {policy['law']}{shown}")

@@ -22,10 +22,11 @@ SHOWN = ("policy", "epoch", "redis_ok", "models")
 
 class PolicyBody(Body):
     """``law``: "auto" (the deployed one), "off", "freeze", "static" with a level, or another law's name; a level alone
-    pins."""
+    pins. ``model``: the one concerned; all of them without it."""
 
     law: str = "static"
     level: Annotated[int, Field(ge=0)] | None = None
+    model: str | None = None
 
 
 class BrownoutAdmin(Protocol):
@@ -35,8 +36,8 @@ class BrownoutAdmin(Protocol):
         """As the CLI shows it. ApiError (unavailable) while it does not answer."""
         ...
 
-    async def set_policy(self, law: str, level: int | None) -> None:
-        """Raises ApiError: unavailable, or invalid when the law or its level does not exist."""
+    async def set_policy(self, law: str, level: int | None, model: str | None) -> None:
+        """Raises ApiError: unavailable, or invalid when the law, its level or the model does not exist."""
         ...
 
 
@@ -50,8 +51,8 @@ class ControllerAdmin:
         status: dict[str, Any] = await self._ask("status")
         return status
 
-    async def set_policy(self, law: str, level: int | None) -> None:
-        await self._ask("set_policy", law, level)
+    async def set_policy(self, law: str, level: int | None, model: str | None) -> None:
+        await self._ask("set_policy", law, level, model)
 
     async def _ask(self, method: str, *args: Any) -> Any:
         try:

@@ -64,7 +64,7 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
 
     async def set_brownout(request: Request, visit: Visit) -> Response:
         body = parse_body(PolicyBody, await service.read_body(request))
-        await _admin(service).set_policy(body.law, body.level)
+        await _admin(service).set_policy(body.law, body.level, body.model)
         return await read_brownout(request, visit)
 
     @api.get("/v1/brownout")

@@ -106,12 +106,13 @@ def test_steering_a_running_cluster(mark: str, cluster: LocalCluster) -> None:
     address = ["--address", cluster.gcs_address]
     try:
         pinned = run(mark, "brownout", *address, "set", "1")
-        assert (pinned.returncode, pinned.stdout) == (0, "policy static, level 1\n"), pinned.stderr
+        assert (pinned.returncode, pinned.stdout) == (0, f"{MODEL}: policy static, level 1\n"), pinned.stderr
         status = run(mark, "status", *address)
         assert status.returncode == 0, status.stderr
         assert "policy static, level 1" in status.stdout and MODEL in status.stdout
         assert_one_sentence(run(mark, "brownout", *address, "set", "99"), 2, "level is 99", "0 to")
         assert_one_sentence(run(mark, "brownout", *address, "law", "fuzzy"), 2, "'fuzzy'", "predictive")
+        assert_one_sentence(run(mark, "brownout", *address, "--model", "other", "off"), 2, "'other'", MODEL)
     finally:
         cluster.controller.set_policy("off")
 

@@ -80,6 +80,9 @@ def test_a_short_demo_measures_both_runs_and_leaves_nothing(demo, tmp_path):
     assert off["level_peak"] == 0 and off["dimmed_share"] == 0
     assert 0 <= on["level_peak"] < len(report["step_time_s_by_level"])
     assert report["capacity_req_s"] > 0
+    plain, *_, dimmed = sorted(report["samples"], key=lambda sample: sample["level"])
+    assert plain["level"] == plain["dimmed_share"] == 0 and dimmed["level"] > 0 and dimmed["dimmed_share"] > 0.1
+    assert all(sample["prompt"] in output.replace("\n", " ") and len(sample["text"]) > 40 for sample in (plain, dimmed))
     assert (tmp_path / "burst.png").stat().st_size > 0
     assert left_running(tmp_path) == []
 

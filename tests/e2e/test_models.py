@@ -12,7 +12,7 @@ import pytest
 
 from cluster.local import LocalCluster
 from cluster.serve_file import parse_serve_document
-from tests.e2e.conftest import MODEL, Metrics
+from tests.e2e.conftest import ADMIN_TOKEN, MODEL, Metrics
 from tests.models import write_config
 
 pytestmark = pytest.mark.cluster
@@ -38,4 +38,10 @@ def test_each_model_has_its_own_replicas(
         assert read_metrics(cluster.url).label_values("model") >= {MODEL, "other"}
         statuses = httpx.get(f"{cluster.url}/v1/brownout", timeout=30).json()["models"]
         assert set(statuses) == {MODEL, "other"}
+        pinned = httpx.put(
+            f"{cluster.url}/v1/brownout",
+            json={"level": 1, "model": "other"},
+            headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
+        ).json()["models"]
+        assert {name: model["policy"]["level"] for name, model in pinned.items()} == {MODEL: 0, "other": 1}
         assert httpx.get(f"{cluster.url}/ready").json()["replicas"] == 2

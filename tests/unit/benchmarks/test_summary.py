@@ -10,12 +10,14 @@ from benchmarks.loadgen.closed_loop import Throughput
 from benchmarks.loadgen.record import Outcome, RequestRecord
 from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
+from benchmarks.samples import Sample
 from benchmarks.scenario import REPOSITORY, load_scenario
 from benchmarks.summary import Measurement, Run, render_table, write_results
 from engine.types import BrownoutUsage, ModelInfo
 
 SCENARIO = load_scenario(REPOSITORY / "benchmarks/scenarios/demo.yaml")
 SLO = Slo(ttft_s=1.0, tpot_s=0.2)
+SAMPLE = Sample("demo-moe", "The lamp", level=2, dimmed_share=0.5, text=" burns.")
 RUN_FIELDS = {
     "slo_attainment",
     "violation_s",
@@ -53,7 +55,7 @@ def run(ttft_s, level):
 def measurement():
     model = ModelInfo("demo", 100, 256, 64, 16, 4, False, step_time_s_by_level=(0.08, 0.06, 0.05, 0.04))
     workload = SCENARIO.workload(capacity_req_s=2.0, vocab_size=100)
-    return Measurement(model, SLO, Throughput(2.0, 70.0), workload, {"off": run(9.0, 0), "on": run(0.2, 2)})
+    return Measurement(model, SLO, Throughput(2.0, 70.0), workload, {"off": run(9.0, 0), "on": run(0.2, 2)}, [SAMPLE])
 
 
 def test_report_and_picture(measurement, tmp_path):
