@@ -132,22 +132,13 @@ class EngineReplica:
 
     def _live_load(self, sequence: int) -> ReplicaLoad:
         self._engine.check_health()  # a dead engine publishes no load, so routers turn away from it
-        stats, brownout = self._engine.stats(), self._engine.brownout
         now_s = time.monotonic()
-        setting = brownout.in_force(now_s)
-        return ReplicaLoad(
+        return ReplicaLoad.of(
+            self._engine.stats(),
+            self._engine.brownout,
+            now_s,
             sequence=sequence,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            max_num_seqs=stats.max_num_seqs,
-            queued_prefill_tokens=stats.queued_prefill_tokens,
             max_num_batched_tokens=self._max_num_batched_tokens,
-            kv_used_frac=stats.kv_used_frac,
-            level=stats.levels.peak,
-            step_time=brownout.governor.model,
-            prefill=setting.prefill,
-            decode=setting.decode,
-            mean_output_tokens=brownout.governor.mean_output_tokens,
             arrivals_per_s=self._arrivals.update(self._server.num_submitted, now_s),
         )
 

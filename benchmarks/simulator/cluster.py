@@ -145,27 +145,17 @@ class SimulatedCluster:
         return self._picked[replica_id] + (load.held if load else 0)
 
     def _publish(self, replica: SimulatedReplica) -> None:
-        stats, brownout = replica.stats(), replica.brownout
-        setting = brownout.in_force(self._events.now_s)
-        before = self._loads.get(replica.replica_id)
-        self._loads[replica.replica_id] = ReplicaLoad(
+        now_s, replica_id = self._events.now_s, replica.replica_id
+        before = self._loads.get(replica_id)
+        self._loads[replica_id] = ReplicaLoad.of(
+            replica.stats(),
+            replica.brownout,
+            now_s,
             sequence=before.sequence + 1 if before else 1,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            max_num_seqs=stats.max_num_seqs,
-            queued_prefill_tokens=stats.queued_prefill_tokens,
             max_num_batched_tokens=self._scenario.engine.max_num_batched_tokens,
-            kv_used_frac=stats.kv_used_frac,
-            level=stats.levels.peak,
-            step_time=brownout.governor.model,
-            prefill=setting.prefill,
-            decode=setting.decode,
-            mean_output_tokens=brownout.governor.mean_output_tokens,
-            arrivals_per_s=self._arrivals[replica.replica_id].update(
-                self._num_received[replica.replica_id], self._events.now_s
-            ),
+            arrivals_per_s=self._arrivals[replica_id].update(self._num_received[replica_id], now_s),
         )
-        self._picked[replica.replica_id] = 0
+        self._picked[replica_id] = 0
 
     def _report(self, replica: SimulatedReplica) -> None:
         message = window_to_proto(replica.take_window())

@@ -23,8 +23,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from engine.brownout import Brownout
 from engine.step_time import StepTimeModel
-from engine.types import PhaseSetting
+from engine.types import EngineStats, PhaseSetting
 
 # The score within a level; they add up to 1.
 WEIGHT_TTFT = 0.5
@@ -59,6 +60,34 @@ class ReplicaLoad:
     decode: PhaseSetting = UNLIMITED
     mean_output_tokens: float = 64.0
     arrivals_per_s: float = 0.0
+
+    @staticmethod
+    def of(
+        stats: EngineStats,
+        brownout: Brownout,
+        now_s: float,
+        *,
+        sequence: int,
+        max_num_batched_tokens: int,
+        arrivals_per_s: float,
+    ) -> ReplicaLoad:
+        """What a replica publishes at ``now_s`` on its engine's clock."""
+        setting = brownout.in_force(now_s)
+        return ReplicaLoad(
+            sequence=sequence,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            max_num_seqs=stats.max_num_seqs,
+            queued_prefill_tokens=stats.queued_prefill_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_used_frac=stats.kv_used_frac,
+            level=stats.levels.peak,
+            step_time=brownout.governor.model,
+            prefill=setting.prefill,
+            decode=setting.decode,
+            mean_output_tokens=brownout.governor.mean_output_tokens,
+            arrivals_per_s=arrivals_per_s,
+        )
 
     @property
     def num_levels(self) -> int:
