@@ -5,8 +5,6 @@ Exit codes: 0 done, 1 it could not be done, 2 the command or the configuration i
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import click
 
 from cluster.commands.brownout import brownout
@@ -19,17 +17,11 @@ from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.unite import unite
 from cluster.commands.united import united
-
-
-def _version() -> str:
-    try:
-        return version("brownoutserve")
-    except PackageNotFoundError:
-        return "not installed"
+from cluster.version import VERSION
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(_version(), prog_name="brownoutserve")
+@click.version_option(VERSION, prog_name="brownoutserve")
 def main() -> None:
     """Serve Mixture-of-Experts models on a Ray cluster that keeps its latency promises by dimming expert work.
 

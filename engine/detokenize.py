@@ -17,10 +17,19 @@ class IncrementalDetokenizer:
 
     The stop string that is completed first wins, and of several completed by the same character the longest, so the
     result does not depend on how the text falls into tokens. ``include_stop`` keeps the stop string in the text.
+    ``skip_special``: control tokens are no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool, min_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        include_stop: bool,
+        min_tokens: int,
+        skip_special: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._stop = stop
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -39,7 +48,7 @@ class IncrementalDetokenizer:
             if self._matched is not None:
                 break
             self._num_tokens += 1
-            if not self._tokenizer.is_special(token_id):
+            if not (self._skip_special and self._tokenizer.is_special(token_id)):
                 text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
                 shown += self._add(text) if self._stop else text
         return shown, self._matched

@@ -59,6 +59,7 @@ class RowEdits:
     seen: SeenTokens | None
     grammar: GrammarState | None
     pending: bool = False  # the row's newest token is not among ``seen`` yet
+    allowed_ids: np.ndarray | None = None
 
 
 def edit_(logits: Tensor, edits: Sequence[RowEdits], newest: Tensor | None = None) -> None:
@@ -68,8 +69,18 @@ def edit_(logits: Tensor, edits: Sequence[RowEdits], newest: Tensor | None = Non
     """
     _add_biases_(logits, edits)
     _ban_(logits, edits)
+    _keep_only_(logits, edits)
     _penalise_(logits, edits, newest)
     _mask_(logits, edits)
+
+
+def token_ids_array(token_ids: Sequence[int], vocab_size: int, param: str) -> np.ndarray:
+    """Raises InvalidRequestError for an id beyond ``vocab_size``."""
+    if max(token_ids) >= vocab_size:
+        raise InvalidRequestError(
+            f"{param} has token id {max(token_ids)}, the vocabulary ends at {vocab_size - 1}", param
+        )
+    return np.array(token_ids, np.int64)
 
 
 def bias_arrays(params: SamplingParams, vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -77,11 +88,7 @@ def bias_arrays(params: SamplingParams, vocab_size: int) -> tuple[np.ndarray, np
     if not params.logit_bias:
         return None
     token_ids, values = zip(*params.logit_bias, strict=True)
-    if max(token_ids) >= vocab_size:
-        raise InvalidRequestError(
-            f"logit_bias has token id {max(token_ids)}, the vocabulary ends at {vocab_size - 1}", "logit_bias"
-        )
-    return np.array(token_ids, np.int64), np.array(values, np.float32)
+    return token_ids_array(token_ids, vocab_size, "logit_bias"), np.array(values, np.float32)
 
 
 def _add_biases_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
@@ -96,6 +103,15 @@ def _ban_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
     banned = [(edit.row, edit.banned_ids) for edit in edits if edit.banned_ids is not None]
     if banned:
         logits[_entries(banned, logits.device)] = -torch.inf
+
+
+def _keep_only_(logits: Tensor, edits: Sequence[RowEdits]) -> None:
+    allowed = [(edit.row, edit.allowed_ids) for edit in edits if edit.allowed_ids is not None]
+    if allowed:
+        entries = _entries(allowed, logits.device)
+        kept = logits[entries]
+        logits[send(np.array([row for row, _ in allowed]), logits.device)] = -torch.inf
+        logits[entries] = kept
 
 
 def _penalise_(logits: Tensor, edits: Sequence[RowEdits], newest: Tensor | None) -> None:

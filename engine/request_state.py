@@ -36,7 +36,7 @@ class RequestState:
         self.sampling = SamplingState(params, request.prompt_ids, vocab_size, self._stop_ids, fallback_seed, grammar)
         self.needs_host = self.sampling.needs_host  # for a while at least
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens
+            tokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens, params.skip_special_tokens
         )
 
     def append(self, token_id: int, logprob: TokenLogprob | None, now_s: float, max_model_len: int) -> RequestOutput:

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.grammar import GrammarState
-from engine.logits import RowEdits, SeenTokens, bias_arrays, edit_
+from engine.logits import RowEdits, SeenTokens, bias_arrays, edit_, token_ids_array
 from engine.logprobs import ChosenLogprobs, LogitRows, PromptLogprobs
 from engine.scheduler.scheduler import ScheduledSequence
 from engine.transfer import send
-from engine.types import SamplingParams, TokenLogprob
+from engine.types import InvalidRequestError, SamplingParams, TokenLogprob
 
 PREFILTER_WIDTHS = (
     256,
@@ -71,7 +71,7 @@ class SamplingState:
 
     ``stop_ids`` are the tokens that would end the request; they cannot be chosen before ``min_tokens`` tokens, unless
     the grammar allows nothing else. ``fallback_seed`` seeds a request without a seed of its own. Raises
-    InvalidRequestError for a logit_bias beyond ``vocab_size``.
+    InvalidRequestError for a logit_bias or an allowed token beyond ``vocab_size``, and when no token may be chosen.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class SamplingState:
         self._stop_ids: np.ndarray | None = None
         if params.min_tokens and stop_ids and grammar is None:
             self._stop_ids = np.array(sorted(i for i in stop_ids if i < vocab_size), np.int64)
+        self._allowed_ids = _allowed_ids(params, vocab_size, stop_ids)
         self._seen: SeenTokens | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
             self._seen = SeenTokens(prompt_ids if params.repetition_penalty != 1 else ())
@@ -122,7 +123,8 @@ class SamplingState:
     @property
     def adjusts_logits(self) -> bool:
         """Whether the next token is chosen from other logits than the model's own."""
-        return self._bias is not None or self._bans_stop_ids or self._seen is not None or self.grammar is not None
+        edited = self._bias is not None or self._seen is not None or self._allowed_ids is not None
+        return edited or self._bans_stop_ids or self.grammar is not None
 
     @property
     def takes_argmax(self) -> bool:
@@ -159,11 +161,23 @@ class SamplingState:
             seen=self._seen,
             grammar=self.grammar,
             pending=self._num_begun > self._num_output_tokens,
+            allowed_ids=self._allowed_ids,
         )
 
     def draw(self) -> float:
         """The next number in [0, 1) of this request's own sequence."""
         return min(self._random.random(), MAX_DRAW)
+
+
+def _allowed_ids(params: SamplingParams, vocab_size: int, stop_ids: frozenset[int]) -> np.ndarray | None:
+    allowed = params.allowed_token_ids
+    if not allowed:
+        return None
+    if params.min_tokens and stop_ids.issuperset(allowed):
+        raise InvalidRequestError(
+            "allowed_token_ids are all such as end the answer, which min_tokens forbids", "allowed_token_ids"
+        )
+    return token_ids_array(allowed, vocab_size, "allowed_token_ids")
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> Sampled:

@@ -69,7 +69,7 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0 or -1 and ``top_p`` 1.0 keep all tokens. ``logprobs`` is the number of
     alternatives to report besides the chosen token (0: the chosen one only; None: no logprobs at all);
     ``prompt_logprobs`` is the same for the prompt's own tokens. ``grammar`` is one of llguidance that the answer must
-    follow; the request then ends when nothing can follow.
+    follow; the request then ends when nothing can follow. ``allowed_token_ids``: no others are chosen; empty: all are.
     """
 
     max_tokens: int = 16
@@ -90,6 +90,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True  # in the text
 
     MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
     MAX_STOP_STRINGS = 16
@@ -129,6 +131,9 @@ class SamplingParams:
             f"has {len(self.stop)} strings, the most is {self.MAX_STOP_STRINGS}",
         )
         self._require(all(self.stop), "stop", "must not contain an empty string")
+        self._require(
+            not (self.allowed_token_ids and self.grammar), "allowed_token_ids", "cannot be combined with a grammar"
+        )
 
     @staticmethod
     def _require(holds: bool, param: str, message: str) -> None:

@@ -61,7 +61,9 @@ class ControllerAdmin:
                 return await getattr(actor, method).remote(*args)
         except RayTaskError as error:
             if isinstance(error.cause, LawError):
-                raise ApiError(Outcome.INVALID, str(error.cause), "law") from error
+                subject = str(error.cause).partition(" ")[0]
+                param = subject if subject in PolicyBody.model_fields else "law"
+                raise ApiError(Outcome.INVALID, str(error.cause), param) from error
             raise
         except (TimeoutError, ValueError, RayError) as error:
             raise ApiError(Outcome.UNAVAILABLE, "the controller does not answer", retry_after_s=1.0) from error

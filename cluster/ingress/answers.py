@@ -81,6 +81,8 @@ class ChatChoice(Answer):
     message: MessageAnswer
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None
+    token_ids: list[int] = []
 
 
 class ChatCompletion(Answer):
@@ -91,6 +93,7 @@ class ChatCompletion(Answer):
     choices: list[ChatChoice]
     usage: UsageAnswer
     service_tier: str = "auto"
+    prompt_token_ids: list[int] = []
 
 
 class CompletionLogprobs(Answer):
@@ -105,6 +108,9 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    token_ids: list[int] = []
+    prompt_token_ids: list[int] = []
 
 
 class Completion(Answer):
@@ -147,6 +153,14 @@ class Prompt(Answer):
     prompt: str
 
 
+class Version(Answer):
+    version: str
+
+
+class ServerLoad(Answer):
+    server_load: int
+
+
 class Liveness(Answer):
     status: Literal["ok"]
 
@@ -154,6 +168,7 @@ class Liveness(Answer):
 class Readiness(Answer):
     status: Literal["ok", "unavailable"]
     replicas: int
+    models: dict[str, int]  # replicas of each
 
 
 class BrownoutStatus(BaseModel):

@@ -20,17 +20,19 @@ class ChatEndpoint(Endpoint):
                 "message": _message(choice),
                 "logprobs": self._logprobs(choice.logprobs),
                 "finish_reason": _finish_reason(choice, choice.finish_reason),
+                "stop_reason": choice.stop_reason,
+                **self._token_ids(choice.token_ids),
             }
             for choice in choices
         ]
-        return self._envelope("chat.completion", parts, usage)
+        return {**self._envelope("chat.completion", parts, usage), **self._prompt_ids(choices[0])}
 
     def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any] | None:
         found = Found(output.text)
         if choice.tool_parser is not None:
             found = choice.tool_parser.feed(output.text, output.finished)
         text, deltas = found.text, found.deltas
-        if not (first or text or deltas or output.logprobs or output.finished):
+        if not (first or text or deltas or output.logprobs or output.finished or self.shows_ids):
             return None
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         if text or first:
@@ -42,8 +44,10 @@ class ChatEndpoint(Endpoint):
             "delta": delta,
             "logprobs": self._logprobs(output.logprobs),
             "finish_reason": _finish_reason(choice, output.finish_reason),
+            **({"stop_reason": output.stop_reason} if output.finished else {}),
+            **self._token_ids(output.token_ids),
         }
-        return self._envelope("chat.completion.chunk", [part], None)
+        return {**self._envelope("chat.completion.chunk", [part], None), **(self._prompt_ids(choice) if first else {})}
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         return self._envelope("chat.completion.chunk", [], usage)
@@ -62,7 +66,7 @@ class ChatEndpoint(Endpoint):
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": self.tokens.token_text(token_id),
+            "token": self._token(token_id),
             "logprob": max(logprob, MIN_LOGPROB),
             "bytes": list(self.tokens.token_bytes(token_id)),
         }

@@ -90,6 +90,7 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     # Beyond OpenAI, spelled as vLLM spells them.
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None  # the answer goes on where the last message ends
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -104,6 +105,16 @@ class ChatBody(GenerationBody):
             raise ApiError(Outcome.INVALID, 'tool_choice "required" needs tools', "tool_choice")
         if len(set(names)) < len(names):
             raise ApiError(Outcome.INVALID, "tools must not hold a name twice", "tools")
+        return self
+
+    @model_validator(mode="after")
+    def _one_end_of_the_prompt(self) -> ChatBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                Outcome.INVALID,
+                "continue_final_message and add_generation_prompt cannot both be true",
+                "continue_final_message",
+            )
         return self
 
     @property

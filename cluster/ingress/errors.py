@@ -20,6 +20,7 @@ class Outcome(Enum):
 
     OK = ("ok", 200, "", None)
     INVALID = ("invalid", 400, "invalid_request_error", None)
+    CONTEXT_LENGTH = ("context_length", 400, "invalid_request_error", "context_length_exceeded")
     UNAUTHORIZED = ("unauthorized", 401, "invalid_request_error", "invalid_api_key")
     FORBIDDEN = ("forbidden", 403, "permission_error", "forbidden")
     MODEL_FORBIDDEN = ("model_forbidden", 403, "permission_error", "model_not_allowed")

@@ -164,6 +164,8 @@ class Generation:
             tokens=model.tokenizer,
             prefix_texts=job.echo_texts,
             service_tier=body.service_tier,
+            shows_ids=bool(body.return_token_ids),
+            names_by_id=bool(body.return_tokens_as_token_ids),
         )
 
     def _ignored(self, body: GenerationBody) -> dict[str, str]:

@@ -18,7 +18,7 @@ from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
 
 CLASS_HEADER = "x-brownout-class"
-SESSION_HEADER = "x-session-id"  # requests of one session go to one replica if they can; else OpenAI's "user" does it
+SESSION_HEADER = "x-session-id"  # requests of one session go to one replica if they can
 MAX_SESSION_CHARACTERS = 128
 FULL_TIERS = ("scale", "priority")  # OpenAI's service tiers that pay for the undimmed model
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
@@ -78,7 +78,7 @@ async def make_job(
 ) -> Job:
     """Raises ApiError or InvalidRequestError naming the field."""
     consent = service_class(body, headers, info, tenant.limits)
-    prompts, field = await _prompts(body, tokenizer)
+    prompts, field = await _prompts(body, tokenizer, info.max_model_len)
     num_choices = body.num_choices
     if len(prompts) * num_choices > MAX_CHOICES:
         raise ApiError(
@@ -88,7 +88,7 @@ async def make_job(
         )
     grammar = await _grammar(body)
     # Clients may send the same id twice at a time; the engine must not see that.
-    session_id = (headers.get(SESSION_HEADER) or body.user or "")[:MAX_SESSION_CHARACTERS]
+    session_id = (headers.get(SESSION_HEADER) or body.prompt_cache_key or body.user or "")[:MAX_SESSION_CHARACTERS]
     engine_id = f"{request_id}-{secrets.token_hex(3)}"
     requests: list[GenerationRequest] = []
     for prompt_ids in prompts:
@@ -137,27 +137,56 @@ async def _grammar(body: GenerationBody) -> str | None:
     return None
 
 
-async def _prompts(body: GenerationBody, tokenizer: Tokenizer) -> tuple[list[tuple[int, ...]], str]:
+async def _prompts(body: GenerationBody, tokenizer: Tokenizer, max_model_len: int) -> tuple[list[tuple[int, ...]], str]:
     """Token ids of each prompt, and the field they came from."""
     if isinstance(body, ChatBody):
-        return [await encode(render_chat(body, tokenizer), "messages", tokenizer, add_special_tokens=False)], "messages"
-    assert isinstance(body, CompletionBody)
-    prompts = []
-    for prompt in body.prompt:
-        if isinstance(prompt, str):
-            prompts.append(await encode(prompt, "prompt", tokenizer, add_special_tokens=True))
-        else:
-            prompts.append(tuple(prompt))
-    return prompts, "prompt"
+        field = "messages"
+        given: Sequence[str | list[int]] = [render_chat(body, tokenizer)]
+    else:
+        assert isinstance(body, CompletionBody)
+        field, given = "prompt", body.prompt
+    adds_special = isinstance(body, CompletionBody) if body.add_special_tokens is None else body.add_special_tokens
+    prompts = [
+        await encode(prompt, field, tokenizer, adds_special) if isinstance(prompt, str) else tuple(prompt)
+        for prompt in given
+    ]
+    return [_truncated(prompt, body, max_model_len) for prompt in prompts], field
+
+
+def _truncated(prompt: tuple[int, ...], body: GenerationBody, max_model_len: int) -> tuple[int, ...]:
+    """Its end, if the request wants no more than that."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most == -1:
+        most = max(1, max_model_len - (body.length_limit[1] or 1))
+    if most == 0:
+        param = "truncate_prompt_tokens"
+        raise ApiError(Outcome.INVALID, f"{param} must be -1 (what fits) or at least 1, got 0", param)
+    return prompt[-most:]
 
 
 def render_chat(body: ChatBody, tokenizer: Tokenizer) -> str:
     """The conversation as the model's chat template words it."""
-    return tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(
         [_template_message(message) for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt is not False,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         tools=[tool.model_dump(exclude_none=True) for tool in body.offered_tools],
         variables=body.chat_template_kwargs,
+    )
+    return _open_ended(prompt, body.messages[-1].content) if body.continue_final_message else prompt
+
+
+def _open_ended(prompt: str, last: str) -> str:
+    """The prompt without what its template writes after the last message. Templates may strip blanks from a message."""
+    for words in (last, last.strip()):
+        place = prompt.rfind(words)
+        if words and place >= 0:
+            return prompt[: place + len(words)]
+    raise ApiError(
+        Outcome.INVALID,
+        "continue_final_message: the model's chat template does not show the last message's content",
+        "continue_final_message",
     )
 
 
@@ -190,7 +219,7 @@ def _max_tokens(body: GenerationBody, prompt_field: str, num_prompt_tokens: int,
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ApiError(
-            Outcome.INVALID,
+            Outcome.CONTEXT_LENGTH,
             f"{prompt_field} has {num_prompt_tokens} tokens; the model's context holds {max_model_len}, "
             "one of them for the answer",
             prompt_field,
@@ -201,7 +230,7 @@ def _max_tokens(body: GenerationBody, prompt_field: str, num_prompt_tokens: int,
     least = 0 if isinstance(body, CompletionBody) and body.echo else 1
     if not least <= wanted <= room:
         raise ApiError(
-            Outcome.INVALID,
+            Outcome.CONTEXT_LENGTH if wanted > room else Outcome.INVALID,
             f"{field} must be between {least} and {room} after {num_prompt_tokens} prompt tokens "
             f"(the model's context holds {max_model_len}), got {wanted}",
             field,
@@ -214,7 +243,7 @@ def _echo_texts(body: GenerationBody, prompts: Sequence[tuple[int, ...]], tokeni
     if not (isinstance(body, CompletionBody) and body.echo):
         return ()
     texts = [
-        given if isinstance(given, str) else tokenizer.decode(ids)
+        given if isinstance(given, str) and body.truncate_prompt_tokens is None else tokenizer.decode(ids)
         for given, ids in zip(body.prompt, prompts, strict=True)
     ]
     return tuple(text for text in texts for _ in range(body.num_choices))

@@ -45,6 +45,9 @@ OPERATIONS = (
     Operation("put", "/v1/brownout", "Pin brownout", answers.BrownoutStatus, PolicyBody, POSTED),
     Operation("get", "/health", "Liveness", answers.Liveness),
     Operation("get", "/ready", "Readiness", answers.Readiness),
+    Operation("get", "/ping", "Liveness", answers.Liveness),
+    Operation("get", "/version", "Version", answers.Version),
+    Operation("get", "/load", "Requests served now", answers.ServerLoad, refusals=(403,)),
     Operation("get", "/metrics", "Metrics in Prometheus' text format", None, refusals=(403,)),
 )
 

@@ -1,4 +1,7 @@
-"""What operators and their machines ask: /health, /ready, /metrics, /v1/models and /v1/brownout."""
+"""What operators and their machines ask: is it alive, how loaded is it, which models are there, how are they dimmed.
+
+/ping, /version and /load are as in vLLM.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,41 @@ from cluster.ingress.metrics import render
 from cluster.ingress.schemas import parse_body
 from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.visit import Visit
+from cluster.version import VERSION
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def add_routes(api: FastAPI, service: OpenAIService) -> None:
-    @api.get("/health")
+    @api.api_route("/health", methods=["GET", "HEAD"])
+    @api.api_route("/ping", methods=["GET", "HEAD", "POST"])
     async def health() -> Response:
         """Liveness: 200 as long as this process answers."""
         return json_response({"status": "ok"})
 
-    @api.get("/ready")
+    @api.get("/version")
+    async def version() -> Response:
+        return json_response({"version": VERSION})
+
+    @api.get("/load")
+    async def load(request: Request) -> Response:
+        """API requests that this ingress serves now."""
+        try:
+            service.auth.check(Access.OPERATOR, request.headers)
+        except ApiError as error:
+            return error_response(error)
+        return json_response({"server_load": service.concurrency.num_held})
+
+    @api.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """200 while at least one engine replica answers."""
-        num_replicas = len(await service.reports())
-        status = "ok" if num_replicas else "unavailable"
-        return json_response({"status": status, "replicas": num_replicas}, 200 if num_replicas else 503)
+        reports = await service.reports()
+        answer = {
+            "status": "ok" if reports else "unavailable",
+            "replicas": len(reports),
+            "models": {name: sum(report.info.name == name for report in reports) for name in service.models},
+        }
+        return json_response(answer, 200 if reports else 503)
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:

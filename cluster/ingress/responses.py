@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.ingress.tool_calls import ToolCallParser
@@ -36,24 +36,31 @@ class Choice:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     usage: Usage | None = None
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     num_logprob_characters: int = 0  # of the tokens reported so far, for text_offset
 
     def take(self, output: RequestOutput) -> None:
         self.text += output.text
-        self.num_tokens += len(output.token_ids)
+        self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + list(output.logprobs)
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = output.finish_reason or self.finish_reason
+        self.stop_reason = output.stop_reason if output.stop_reason is not None else self.stop_reason
         self.usage = output.usage or self.usage
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(ABC):
     """Base of the two shapes. ``created_s`` is Unix time; ``prefix_texts`` go before each choice's text (echo);
-    ``service_tier`` is repeated as the client asked for it.
+    ``service_tier`` is repeated as the client asked for it. ``shows_ids``: token ids stand beside the text, as with
+    vLLM's return_token_ids; ``names_by_id``: logprobs call a token token_id:N instead of by its text.
     """
 
     response_id: str
@@ -62,6 +69,8 @@ class Endpoint(ABC):
     tokens: TokenTexts
     prefix_texts: Sequence[str] = ()
     service_tier: str | None = None
+    shows_ids: bool = False
+    names_by_id: bool = False
 
     @abstractmethod
     def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,6 +83,15 @@ class Endpoint(ABC):
     @abstractmethod
     def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The last event before [DONE], if the client asked for usage."""
+
+    def _token(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.names_by_id else self.tokens.token_text(token_id)
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, list[int]]:
+        return {"token_ids": list(token_ids)} if self.shows_ids else {}
+
+    def _prompt_ids(self, choice: Choice) -> dict[str, list[int]]:
+        return {"prompt_token_ids": list(choice.prompt_ids)} if self.shows_ids else {}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], usage: Mapping[str, Any] | None) -> dict[str, Any]:
         envelope = {

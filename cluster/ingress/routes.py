@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from cluster.ingress import generation, operations, tokens
@@ -35,6 +36,14 @@ def create_api(service: OpenAIService) -> FastAPI:
     async def unknown_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-        return json_response(body, error.status_code, error.headers)
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        if error.status_code == 405:  # each method is a route of its own, and only the first one is named
+            here = [route for route in api.routes if isinstance(route, APIRoute) and _is_at(route, request)]
+            headers["allow"] = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        return json_response(body, error.status_code, headers)
 
     return api
+
+
+def _is_at(route: APIRoute, request: Request) -> bool:
+    return route.path_regex.match(request.url.path) is not None

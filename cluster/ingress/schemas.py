@@ -99,6 +99,7 @@ class GenerationBody(Body):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
     # Beyond OpenAI, spelled as vLLM spells them.
     top_k: int | None = None
@@ -108,6 +109,12 @@ class GenerationBody(Body):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None  # to a prompt that is text; templates write their own
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # keep the last so many; -1: what fits
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in logprobs, where one text may stand for several tokens
     priority: Annotated[int, Field(ge=-INT32, lt=INT32)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     brownout: BrownoutOptions | None = None
@@ -158,6 +165,7 @@ class GenerationBody(Body):
             logprobs=self.num_logprobs,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
             prompt_logprobs=self.num_prompt_logprobs,
             grammar=grammar,
             **given,
@@ -177,6 +185,7 @@ _SAMPLING_FIELDS = (
     "min_tokens",
     "ignore_eos",
     "include_stop_str_in_output",
+    "skip_special_tokens",
 )
 
 
@@ -214,7 +223,7 @@ def parse_body(kind: type[AnyBody], raw: bytes, **defaults: Any) -> AnyBody:
 
 
 def _invalid(error: ValidationError, raw: bytes) -> ApiError:
-    mistake = error.errors(include_url=False, include_context=False)[0]
+    mistake = error.errors(include_url=False)[0]
     if mistake["type"] == "json_invalid":
         return ApiError(
             Outcome.INVALID, f"the request body is not valid JSON: {mistake['msg'].removeprefix('Invalid JSON: ')}"
@@ -223,7 +232,11 @@ def _invalid(error: ValidationError, raw: bytes) -> ApiError:
         return ApiError(Outcome.INVALID, "the request body must be a JSON object")
     param = ".".join(_keys(mistake["loc"], json.loads(raw), mistake["type"] == "missing"))
     reason = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "missing":
+    if mistake["type"] == "union_tag_invalid":
+        reason = f"of type {mistake['ctx']['tag']!r} is not known; allowed: {mistake['ctx']['expected_tags']}"
+    elif mistake["type"] == "union_tag_not_found":
+        reason = "needs a type"
+    elif mistake["type"] == "missing":
         reason = "is required"
     elif mistake["type"] == "too_short":
         reason = "must not be empty"

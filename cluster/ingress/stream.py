@@ -130,7 +130,12 @@ async def without_answer(
             usage = output.usage and replace(output.usage, completion_tokens=0)
             logprobs = None if output.logprobs is None else ()
             reason = output.finish_reason and FinishReason.LENGTH
-            yield index, output._replace(token_ids=(), text="", logprobs=logprobs, usage=usage, finish_reason=reason)
+            yield (
+                index,
+                output._replace(
+                    token_ids=(), text="", logprobs=logprobs, usage=usage, finish_reason=reason, stop_reason=None
+                ),
+            )
 
 
 @dataclass(frozen=True, slots=True)

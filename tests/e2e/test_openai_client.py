@@ -35,7 +35,7 @@ async def streamed_text(api: openai.AsyncOpenAI, **body: object) -> str:
 async def test_models_and_health(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
     assert [model.id for model in (await api.models.list()).data] == [MODEL]
     assert httpx.get(f"{cluster.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{cluster.url}/ready").json() == {"status": "ok", "replicas": 2}
+    assert httpx.get(f"{cluster.url}/ready").json() == {"status": "ok", "replicas": 2, "models": {MODEL: 2}}
 
 
 async def test_completion_streamed_and_whole(api: openai.AsyncOpenAI) -> None:

@@ -96,7 +96,7 @@ async def test_one_log_line_for_each_request_without_its_text(
 async def test_metrics_and_health(client: httpx.AsyncClient) -> None:
     await post(client, "completions", COMPLETION)
     assert (await client.get("/health")).json() == {"status": "ok"}
-    assert (await client.get("/ready")).json() == {"status": "ok", "replicas": 1}
+    assert (await client.get("/ready")).json() == {"status": "ok", "replicas": 1, "models": {MODEL: 1}}
     families = text_string_to_metric_families((await client.get("/metrics")).text)
     samples = {(sample.name, *sorted(sample.labels.items())): sample.value for f in families for sample in f.samples}
     replica = (("model", MODEL), ("replica", "only"))

@@ -36,6 +36,7 @@ def test_rows_do_not_touch_each_other() -> None:
         {"min_tokens": 3},
         {"frequency_penalty": -1.0, "logit_bias": ((3, 1.0),), "min_tokens": 2},
         {"presence_penalty": 2.0},
+        {"allowed_token_ids": (5, 9, 11), "min_tokens": 3},
     ]
     states = [
         SamplingState(SamplingParams(**given), (1, 2, 3), VOCAB, frozenset({9, 10, VOCAB}), number)  # type: ignore[arg-type]
