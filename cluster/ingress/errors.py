@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Response
 
+from cluster.ingress.lingering import LingeringResponse
 from engine.types import EngineBusyError, EngineDeadError, InvalidRequestError
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -84,9 +85,14 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.outcome is Outcome.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
-        if self.outcome in (Outcome.SLOW_BODY, Outcome.TOO_LARGE):
+        if self.interrupts_body:
             headers["connection"] = "close"  # nobody will read the rest of the body
         return headers
+
+    @property
+    def interrupts_body(self) -> bool:
+        """Whether the client is probably still sending."""
+        return self.outcome in (Outcome.SLOW_BODY, Outcome.TOO_LARGE)
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -102,10 +108,13 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(Outcome.BROKEN, "the server failed to process the request")
 
 
-def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None, kind: type[Response] = Response
+) -> Response:
     """ASCII JSON: whatever text a client sent, its echo in a message can be encoded."""
-    return Response(json.dumps(content), status, dict(headers or {}), media_type="application/json")
+    return kind(json.dumps(content), status, dict(headers or {}), media_type="application/json")
 
 
 def error_response(error: ApiError) -> Response:
-    return json_response(error.body(), error.outcome.status, error.headers())
+    kind = LingeringResponse if error.interrupts_body else Response
+    return json_response(error.body(), error.outcome.status, error.headers(), kind)

@@ -99,6 +99,18 @@ def test_large_headers_and_bodies_are_refused(api: ServedApi) -> None:
         assert (status, body["error"]["code"]) == (413, "request_too_large")
 
 
+def test_a_client_that_goes_on_sending_too_much_reads_why(api: ServedApi) -> None:
+    """Closed on, it would be reset, and the answer lost with what it had not read."""
+    with closing(connect(api)) as client:
+        client.sendall(post(b"{}", length=5_000_000))
+        until(lambda: api.service.concurrency.num_held == 0)  # the answer is on its way
+        for _ in range(10):
+            time.sleep(0.02)
+            client.sendall(b" " * 400_000)
+        status, body = answer(client)
+        assert (status, body["error"]["code"]) == (413, "request_too_large")
+
+
 def test_a_stream_that_nobody_takes_ends(api: ServedApi) -> None:
     with closing(connect(api)) as client:
         client.sendall(post(json.dumps({**FLOOD, "stream": True}).encode()))

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.ingress.lingering import LINGER_BYTES
 from tests.integration.openai_api.calls import CHAT, COMPLETION, MAX_BODY_BYTES, MAX_REQUESTS, post
 from tests.integration.served_api import MODEL
 
@@ -141,7 +142,7 @@ async def test_an_endless_body_is_refused_at_its_limit(client: httpx.AsyncClient
 
     response = await client.post("/v1/completions", content=chunks())
     assert response.status_code == 413
-    assert num_sent <= MAX_BODY_BYTES + 2048
+    assert num_sent <= MAX_BODY_BYTES + LINGER_BYTES + 4096
 
 
 async def test_more_requests_than_the_ingress_holds_are_refused_as_busy(client: httpx.AsyncClient) -> None:
