@@ -47,7 +47,7 @@ class LocalCluster:
         self._file = file
         self._scratch = scratch
         self._redis = resolve_redis(scratch.path / "redis")
-        self._head = RayHead(scratch.path, _num_cpus(file))
+        self._head = RayHead(scratch.path, _num_cpus(file), file.http_port)
         self._connected = False
 
     @classmethod

@@ -14,10 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 MARK = "BROWNOUTSERVE_CLUSTER"
 QUIET_S = 0.6  # without a marked process in sight, a cluster counts as ended
+# Between those of Ray's workers (10002 to 19999) and those that the kernel hands out by itself (from 32768): a port
+# that has been found free is not taken by chance before it is used.
+SINGLE_PORTS = range(20_000, 26_000)
+PORT_RANGES = range(26_000, 32_000)
 
 # Asks the kernel for SIGTERM when the parent's thread ends, then becomes the command. A short interpreter start instead
 # of a preexec_fn, because Python code between fork and exec may deadlock in a parent that runs gRPC or Ray threads.
@@ -131,22 +136,22 @@ def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_port_range(width: int, host: str = "127.0.0.1") -> int:
-    """First of ``width`` ports in a row that are free now, below those that the kernel hands out by itself."""
-    starts = list(range(20_000, 32_000, width))
-    random.shuffle(starts)  # so that two clusters that start together choose differently
-    for start in starts:
+    """First of ``width`` ports in a row that are free now."""
+    for start in _shuffled(PORT_RANGES[::width]):
         if all(is_port_free(port, host) for port in range(start, start + width)):
             return start
     raise OSError(f"no {width} ports in a row are free on {host}")
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different free ports; another process may still take one before it is used."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+def free_ports(count: int, host: str = "127.0.0.1", spared: int | None = None) -> list[int]:
+    """``count`` different ports that are free now, without the one that somebody else is to have."""
+    found = (port for port in _shuffled(SINGLE_PORTS) if port != spared and is_port_free(port, host))
+    ports = list(islice(found, count))
+    if len(ports) < count:
+        raise OSError(f"no {count} ports are free on {host}")
+    return ports
+
+
+def _shuffled(ports: range) -> list[int]:
+    """So that two clusters that start together choose differently, whatever seed this process has set."""
+    return random.SystemRandom().sample(ports, len(ports))

@@ -19,7 +19,7 @@ from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_
 
 HOST = "127.0.0.1"
 DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 STOP_GRACE_S = 3.0
 CLIENT_TIMEOUT_S = 30  # a client that neither sends what is due nor takes what is sent for so long is cut off
 NUM_INGRESS_PORTS = 100  # one per ingress replica, old ones kept free for a while
@@ -28,11 +28,15 @@ LOG_FILE_BYTES = 128 * 1024 * 1024  # then Ray begins another one
 
 
 class RayHead:
-    """One head node with all that it starts. ``directory`` must have a short path: Ray puts sockets below it."""
+    """One head node with all that it starts. ``directory`` must have a short path: Ray puts sockets below it.
 
-    def __init__(self, directory: Path, num_cpus: int) -> None:
+    ``http_port`` is left free for the application.
+    """
+
+    def __init__(self, directory: Path, num_cpus: int, http_port: int) -> None:
         self._directory = directory
         self._num_cpus = num_cpus
+        self._http_port = http_port
         self._mark = directory.name
         self._process: subprocess.Popen[bytes] | None = None
         self.gcs_address = ""
@@ -40,7 +44,7 @@ class RayHead:
 
     def start(self, env: Mapping[str, str]) -> None:
         """Return once the dashboard answers; ``env`` is added to what Ray's processes see. Raises ClusterError."""
-        gcs_port, dashboard_port, agent_port, client_port, *serve_ports = free_ports(7, HOST)
+        gcs_port, dashboard_port, agent_port, client_port, *serve_ports = free_ports(7, HOST, self._http_port)
         if is_port_free(DASHBOARD_PORT, HOST):
             dashboard_port = DASHBOARD_PORT
         self.gcs_address = f"{HOST}:{gcs_port}"

