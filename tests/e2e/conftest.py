@@ -16,7 +16,7 @@ from tests.models import write_config
 
 MODEL = "tiny"
 ADMIN_TOKEN = "let me steer"
-CONTEXT_TOKENS = 512
+CONTEXT_TOKENS = 1000  # what a replica's KV blocks hold, and some seconds of work
 HEADER_TIMEOUT_S = 2
 MAX_CLIENT_CONNECTIONS = 256
 
@@ -24,7 +24,7 @@ MAX_CLIENT_CONNECTIONS = 256
 @pytest.fixture(scope="session")
 def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """Makes Serve YAML documents; keyword arguments replace sections of ``args``."""
-    model_path = write_config(tmp_path_factory.mktemp("models") / MODEL)
+    model_path = write_config(tmp_path_factory.mktemp("models") / MODEL, max_position_embeddings=CONTEXT_TOKENS)
 
     def make(**sections: Any) -> dict[str, Any]:
         args = {
@@ -76,11 +76,21 @@ def cluster(serve_file: Callable[..., ServeFile]) -> Iterator[LocalCluster]:
             yield cluster
 
 
+def running_replicas(cluster: LocalCluster) -> dict[str, int]:
+    """id |-> pid of the engine replicas that Serve counts as running; none while the application is not."""
+    app = cluster.serve_details()["applications"].get(cluster.file.app_name)
+    if app is None or app["status"] != "RUNNING":
+        return {}
+    engines = app["deployments"].get("EngineReplica", {"replicas": []})  # none for an instant after a deploy
+    return {replica["replica_id"]: replica["pid"] for replica in engines["replicas"] if replica["state"] == "RUNNING"}
+
+
 class Metrics:
     """One reading of a cluster's /metrics."""
 
-    def __init__(self, url: str) -> None:
-        page = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
+    def __init__(self, url: str, token: str = "") -> None:
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        page = httpx.get(f"{url}/metrics", headers=headers, timeout=60).raise_for_status().text
         self._samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
 
     def total(self, name: str, **labels: str) -> float:

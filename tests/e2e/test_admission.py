@@ -15,7 +15,7 @@ from cluster.admission.key_store import FileKeyStore
 from cluster.admission.keys import new_key
 from cluster.local import LocalCluster
 from cluster.serve_file import ServeFile
-from tests.e2e.conftest import ADMIN_TOKEN, MODEL
+from tests.e2e.conftest import ADMIN_TOKEN, MODEL, Metrics
 from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
@@ -50,19 +50,19 @@ def guarded(serve_file: Callable[..., ServeFile], keys: dict[str, str]) -> Itera
 
 
 def client(cluster: LocalCluster, key: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key=key, max_retries=0, timeout=120)
 
 
 async def test_a_key_opens_and_its_end_closes(guarded: LocalCluster, keys: dict[str, str]) -> None:
-    assert httpx.post(f"{guarded.url}/v1/completions", json=COMPLETION).status_code == 401
-    assert httpx.get(f"{guarded.url}/metrics").status_code == 403
+    assert httpx.post(f"{guarded.url}/v1/completions", json=COMPLETION, timeout=60).status_code == 401
+    assert httpx.get(f"{guarded.url}/metrics", timeout=60).status_code == 403
     key, record = new_key("guest", time.time())
     store = FileKeyStore(Path(keys["file"]))
     store.add(record)
     headers = {"authorization": f"Bearer {key}"}
 
     def statuses() -> set[int]:
-        answers = [httpx.get(f"{guarded.url}/v1/models", headers=headers, timeout=30) for _ in range(8)]
+        answers = [httpx.get(f"{guarded.url}/v1/models", headers=headers, timeout=60) for _ in range(8)]
         return {answer.status_code for answer in answers}
 
     until(lambda: statuses() == {200})
@@ -73,7 +73,7 @@ async def test_a_key_opens_and_its_end_closes(guarded: LocalCluster, keys: dict[
 async def test_both_ingress_processes_share_one_rate(guarded: LocalCluster, keys: dict[str, str]) -> None:
     api = client(guarded, keys["calm"])
     await asyncio.gather(*(api.completions.create(**COMPLETION) for _ in range(16)))  # both have been asked something
-    rated = client(guarded, keys["rated"])
+    rated, begun_s = client(guarded, keys["rated"]), time.monotonic()
     first = await rated.completions.create(**COMPLETION)
     assert first.usage.completion_tokens == 4
     answers = await asyncio.gather(
@@ -82,21 +82,24 @@ async def test_both_ingress_processes_share_one_rate(guarded: LocalCluster, keys
     granted = [answer for answer in answers if not isinstance(answer, BaseException)]
     refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
     assert len(granted) + len(refused) == 3 * LIMIT
-    # A process that Redis answered too late goes by its own part, half of the rate, for a moment.
-    assert LIMIT - 1 <= len(granted) <= LIMIT + LIMIT // 2
+    # A process that Redis answers too late goes by its own part, half of the rate; what Redis takes then is lost.
+    flowed_in = (time.monotonic() - begun_s) * LIMIT / 60
+    assert LIMIT // 2 - 1 <= len(granted) <= LIMIT + LIMIT // 2 + flowed_in
     assert all(int(answer.response.headers["retry-after"]) >= 1 for answer in refused)
 
 
-async def test_a_flood_waits_in_its_own_queue(guarded: LocalCluster, keys: dict[str, str]) -> None:
+async def test_a_flood_waits_in_its_own_queue(
+    guarded: LocalCluster, keys: dict[str, str], read_metrics: Callable[..., Metrics]
+) -> None:
+    def num_waiting() -> float:
+        return read_metrics(guarded.url, ADMIN_TOKEN).total("admission_waiting_requests", tenant="flood")
+
     long = {**COMPLETION, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
     flood = [asyncio.create_task(client(guarded, keys["flood"]).completions.create(**long)) for _ in range(48)]
-    await asyncio.sleep(1.0)
+    await asyncio.to_thread(until, lambda: num_waiting() >= 10)  # one of the two ingress processes has answered
     answer = await client(guarded, keys["calm"]).completions.create(**COMPLETION)
     assert answer.usage.completion_tokens == 4
-    headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
-    page = (await httpx.AsyncClient().get(f"{guarded.url}/metrics", headers=headers, timeout=30)).text
-    running = [line for line in page.splitlines() if line.startswith("brownoutserve_running_requests{")]
-    assert float(running[0].rsplit(" ", 1)[1]) <= 2
+    assert (await asyncio.to_thread(read_metrics, guarded.url, ADMIN_TOKEN)).total("running_requests") <= 2
     assert sum(task.done() for task in flood) < 24
     for task in flood:
         task.cancel()

@@ -61,11 +61,11 @@ def test_up_under_load_and_down_again(scaling_cluster: LocalCluster) -> None:
     cluster = scaling_cluster
     until(lambda: num_replicas(cluster) == 1)
     with Load(cluster.url, NUM_CLIENTS) as load:
-        until(lambda: num_replicas(cluster) == 2, timeout_s=90)
+        until(lambda: num_replicas(cluster) == 2)
         num_before = len(load.statuses)
         until(lambda: len(load.statuses) > num_before + NUM_CLIENTS)
     with Load(cluster.url, 1) as trickle:
-        until(lambda: num_replicas(cluster) == 1, timeout_s=90)
+        until(lambda: num_replicas(cluster) == 1)
         num_before = len(trickle.statuses)
         until(lambda: len(trickle.statuses) > num_before + 3)
     assert set(load.statuses) | set(trickle.statuses) == {200}

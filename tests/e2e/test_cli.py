@@ -32,7 +32,7 @@ def mark() -> Iterator[str]:
     """A mark in the environment of everything the test starts; nothing with it may be left."""
     value = uuid.uuid4().hex
     yield value
-    assert marked_pids(value, TEST_MARK) == []
+    until(lambda: not marked_pids(value, TEST_MARK), timeout_s=30)
 
 
 def command(*args: str) -> list[str]:
@@ -46,7 +46,7 @@ def environment(mark: str) -> dict[str, str]:
 
 
 def run(mark: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), env=environment(mark), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*args), env=environment(mark), capture_output=True, text=True, timeout=300)
 
 
 def write_yaml(path: Path, document: dict[str, Any]) -> str:
@@ -154,7 +154,7 @@ def test_rays_own_commands_just_work(mark: str, cluster: LocalCluster, tmp_path:
         env=environment(mark),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert status.returncode == 0, status.stderr
     assert yaml.safe_load(status.stdout)["applications"]["brownoutserve"]["status"] == "RUNNING"
@@ -164,7 +164,7 @@ def test_rays_own_commands_just_work(mark: str, cluster: LocalCluster, tmp_path:
         env=environment(mark),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert deploy.returncode == 0, deploy.stderr
     cluster.wait_ready()
@@ -186,17 +186,18 @@ def test_serve_ends_with_everything_it_started(
             stderr=subprocess.STDOUT,
         )
         try:
-            until(lambda: process.poll() is not None or f"is served at {url}" in log.read_text(), timeout_s=120)
+            until(lambda: process.poll() is not None or f"is served at {url}" in log.read_text(), timeout_s=300)
             assert process.poll() is None, log.read_text()
-            assert httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"] == MODEL
+            assert httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"] == MODEL
             assert len(marked_pids(mark, TEST_MARK)) > 5
         finally:
             process.send_signal(ending)
-            process.wait(60)
+            process.wait(120)
     until(lambda: not marked_pids(mark, TEST_MARK))
     assert process.returncode == (0 if ending is signal.SIGINT else -signal.SIGKILL)
 
 
+@pytest.mark.cluster
 def test_united_experts_are_swapped_on_every_replica(
     mark: str, cluster: LocalCluster, tmp_path: Path, serve_document: Callable[..., dict[str, Any]]
 ) -> None:

@@ -15,7 +15,7 @@ from cluster.processes import free_ports
 
 pytestmark = pytest.mark.cluster
 
-END_TIMEOUT_S = 150
+END_TIMEOUT_S = 400
 TRACE = "DEMO_TEST"
 
 

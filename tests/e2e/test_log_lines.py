@@ -24,7 +24,8 @@ def log_lines(cluster: LocalCluster) -> list[str]:
     logs = Path(cluster._scratch.path / "session_latest/logs")
     files = [path for path in logs.rglob("*") if path.is_file()]
     assert any(path.name.startswith("worker-") for path in files)
-    return [line for path in files for line in path.read_text(errors="replace").splitlines()]
+    lines = [line for path in files for line in path.read_text(errors="replace").splitlines(keepends=True)]
+    return [line for line in lines if line.endswith("\n")]  # not one that is just being written
 
 
 def lines_of(cluster: LocalCluster, request_id: str) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ import pytest
 
 from cluster.local import LocalCluster
 from cluster.serve_file import parse_serve_document
-from tests.e2e.conftest import ADMIN_TOKEN, MODEL, Metrics
+from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
 from tests.models import write_config
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 
@@ -28,7 +29,8 @@ def test_each_model_has_its_own_replicas(
     args["models"] = [{"model": first}, {"model": second, "slo": {"ttft_s": 9.0, "tpot_s": 0.9}}]
     with LocalCluster.start(parse_serve_document(document)) as cluster:
         with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as api:
-            assert {model.id: model.max_model_len for model in api.models.list()} == {MODEL: 512, "other": 128}
+            lengths = {model.id: model.max_model_len for model in api.models.list()}
+            assert lengths == {MODEL: CONTEXT_TOKENS, "other": 128}
             for model in (MODEL, "other"):
                 answer = api.completions.create(model=model, prompt="Hello", max_tokens=4)
                 assert answer.model == model
@@ -36,12 +38,16 @@ def test_each_model_has_its_own_replicas(
             with pytest.raises(openai.NotFoundError, match=f"'{MODEL}', 'other'"):
                 api.completions.create(model="nobody", prompt="Hello", max_tokens=4)
         assert read_metrics(cluster.url).label_values("model") >= {MODEL, "other"}
-        statuses = httpx.get(f"{cluster.url}/v1/brownout", timeout=30).json()["models"]
-        assert set(statuses) == {MODEL, "other"}
+
+        def known_to_the_controller() -> set[str]:
+            return set(httpx.get(f"{cluster.url}/v1/brownout", timeout=60).json()["models"])
+
+        until(lambda: known_to_the_controller() == {MODEL, "other"})
         pinned = httpx.put(
             f"{cluster.url}/v1/brownout",
             json={"level": 1, "model": "other"},
             headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
+            timeout=60,
         ).json()["models"]
         assert {name: model["policy"]["level"] for name, model in pinned.items()} == {MODEL: 0, "other": 1}
-        assert httpx.get(f"{cluster.url}/ready").json()["replicas"] == 2
+        assert httpx.get(f"{cluster.url}/ready", timeout=60).json()["replicas"] == 2
