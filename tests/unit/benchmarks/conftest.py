@@ -41,10 +41,11 @@ async def complete(body) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
-async def slow_start(body) -> AsyncIterator[bytes]:
-    await asyncio.sleep(0.2)
+async def when_told(body, told) -> AsyncIterator[bytes]:
+    """A token each time that the test says so."""
+    await told.acquire()
     yield token_event("a")
-    await asyncio.sleep(0.2)
+    await told.acquire()
     yield token_event("b") + usage_event(body) + b"data: [DONE]\n\n"
 
 
@@ -84,7 +85,6 @@ STREAMS = {
     f.__name__: f
     for f in (
         complete,
-        slow_start,
         error_event,
         cut,
         no_done,
@@ -100,6 +100,7 @@ STATUSES = {"busy": 429, "unavailable": 503, "broken": 500, "missing": 404}
 class CompletionServer:
     def __init__(self) -> None:
         self.bodies: list[dict] = []
+        self.told = asyncio.Semaphore(0)
         self.url = ""
         self.app = FastAPI()
         self.app.post("/v1/completions")(self.completions)
@@ -109,7 +110,8 @@ class CompletionServer:
         self.bodies.append(body)
         if status := STATUSES.get(body["model"]):
             return JSONResponse({"error": {"message": "no"}}, status)
-        return StreamingResponse(STREAMS[body["model"]](body), media_type="text/event-stream")
+        stream = when_told(body, self.told) if body["model"] == "when_told" else STREAMS[body["model"]](body)
+        return StreamingResponse(stream, media_type="text/event-stream")
 
 
 @pytest.fixture

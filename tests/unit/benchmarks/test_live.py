@@ -7,6 +7,7 @@ import pytest
 from benchmarks.live import RequestMonitor, every
 from benchmarks.loadgen.record import Outcome, RequestRecord
 from benchmarks.workloads.workload import Arrival
+from tests.waiting import until_async
 
 ARRIVAL = Arrival(at_s=0.0, prompt_ids=(1,), max_tokens=2, seed=0)
 
@@ -31,17 +32,23 @@ async def test_the_monitor_counts_and_forgets():
 async def test_every_samples_until_the_block_ends():
     times_s = []
     async with every(0.01, times_s.append):
-        await asyncio.sleep(0.2)
+        await until_async(lambda: len(times_s) >= 3)
     num_samples = len(times_s)
-    assert num_samples >= 3 and times_s == sorted(times_s)
+    assert times_s == sorted(times_s)
     await asyncio.sleep(0.05)
     assert len(times_s) == num_samples
 
 
 async def test_a_failing_sample_raises_at_the_end():
+    num_calls = 0
+
     def fail(at_s):
+        nonlocal num_calls
+        num_calls += 1
         raise RuntimeError("no status")
 
     with pytest.raises(RuntimeError, match="no status"):
         async with every(0.01, fail):
+            await until_async(lambda: num_calls)
             await asyncio.sleep(0.05)
+    assert num_calls == 1

@@ -7,15 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -28,13 +29,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline_s, "waited 10 s in vain"
-        time.sleep(0.02)
 
 
 def test_private_server_serves_and_ends(tmp_path: Path, no_redis_url: None) -> None:
@@ -60,7 +54,7 @@ def test_password_is_required_and_hidden(tmp_path: Path, no_redis_url: None) -> 
         assert parts.password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
         assert parts.password not in (tmp_path / "redis.log").read_text()
         with (
-            redis.Redis(host="127.0.0.1", port=parts.port or 0) as intruder,
+            redis.Redis(host="127.0.0.1", port=parts.port or 0, retry=Retry(NoBackoff(), 0)) as intruder,
             pytest.raises(redis.AuthenticationError),
         ):
             intruder.ping()
@@ -71,7 +65,7 @@ def test_killed_server_comes_back_under_the_same_url(tmp_path: Path, no_redis_ur
         url, pid = server.url, server.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: server.pid is None)
+        until(lambda: server.pid is None)
         server.start()
         assert server.url == url
         assert server.pid not in (None, pid)
@@ -108,7 +102,7 @@ def test_server_dies_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     parent.stdin.close()
     parent.stdout.close()
-    wait_until(lambda: not is_alive(pid))
+    until(lambda: not is_alive(pid))
 
 
 def test_redis_url_is_used_and_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -78,18 +77,17 @@ async def test_a_bad_request_fails_alone(engine: AsyncEngine) -> None:
 
 async def test_the_event_loop_stays_free_while_the_engine_works(engine: AsyncEngine) -> None:
     tasks = [asyncio.create_task(collect(engine, request(str(i), 60))) for i in range(8)]
-    longest_s = 0.0
+    num_turns = 0
     while not all(task.done() for task in tasks):
-        before_s = time.monotonic()
+        num_turns += 1
         await asyncio.sleep(0)
-        longest_s = max(longest_s, time.monotonic() - before_s)
-    assert longest_s < 1.0  # far above any step, far below the whole run's compute if the loop had to wait for it
+    assert num_turns > 5 * 60  # far more than there are steps
     assert [len(task.result()) for task in tasks] == [60] * 8
 
 
 async def test_coalescing_loses_nothing(config: EngineConfig) -> None:
     plain = await AsyncEngine.start(config)
-    coalescing = await AsyncEngine.start(EngineConfig(config.model, scheduler=config.scheduler, stream_interval_s=0.05))
+    coalescing = await AsyncEngine.start(EngineConfig(config.model, scheduler=config.scheduler, stream_interval_s=0.5))
     expected = [output async for output in plain.generate(request("a", 100))]
     outputs = [output async for output in coalescing.generate(request("a", 100))]
     assert len(outputs[0].token_ids) == 1  # the first token goes at once
@@ -147,7 +145,7 @@ async def test_a_wedged_engine_is_unhealthy_until_it_goes_on(
     with pytest.raises(EngineDeadError, match="no progress"):
         await collect(engine, request("b"))
     hanging.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(EngineDeadError):
                 assert len(await collect(engine, request("c"))) == 8
@@ -181,7 +179,7 @@ async def test_stopping_a_wedged_engine_leaves_its_thread_and_ends_its_streams(
 
 
 async def until_unhealthy(engine: AsyncEngine) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 engine.check_health()
