@@ -1,7 +1,8 @@
 """Builds a model's ladder: measures candidate settings, keeps those that no other beats, aligns them into levels.
 
-First all losses, on the plain torch kernels, then all step times, on the kernels that serve. Every measurement is
-written down at once; a calibration that was interrupted goes on where it stopped.
+First every dimmer alone, then those combinations of two that these measurements give hope for. Losses are measured on
+the plain torch kernels, step times on the kernels that serve. Every measurement is written down at once; a calibration
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.calibrate.candidates import StepSize, candidates, step_sizes, top_k_allocations
+from engine.calibrate.candidates import StepSize, candidates, combinations, step_sizes, top_k_allocations
 from engine.calibrate.cost import StepTimer
 from engine.calibrate.frontier import align_levels, pareto_front
 from engine.calibrate.profile import PROFILE_FILE, ProfileRow, QualityProfile
@@ -34,6 +35,8 @@ from engine.moe.ladder import LADDER_FILE, Bucket, Ladder, Provenance
 from engine.moe.settings import DimmerKind, DimSetting
 from engine.pool.slots import ModelSlot, load_slot
 from engine.unite.calibration import sequences_digest
+
+Work = list[tuple[StepSize, DimSetting]]
 
 KINDS = (DimmerKind.UNITED, DimmerKind.PIGGYBACK, DimmerKind.TOPK)
 
@@ -92,16 +95,11 @@ class Calibration:
     def run(self) -> Ladder:
         """Writes ladder.json and quality_profile.json. Raises ConfigError or CheckpointError."""
         sizes = step_sizes(self.options.decode_sizes, self.options.prefill_sizes)
-        slot = self._load("torch")
         digest = dimming_digest(self.model)
-        united = {way: source.digest for way, source in slot.dimming.united.items()}
-        profile = QualityProfile.open(self.directory / PROFILE_FILE, self._key(slot, digest, united))
-        self._measure_losses(slot, sizes, profile)
-        if slot.device.type == "cuda":
-            del slot
-            torch.cuda.empty_cache()
-            slot = self._load("auto")
-        self._measure_times(slot, sizes, profile)
+        united = {way: source.digest for way, source in self._on("torch").dimming.united.items()}
+        profile = QualityProfile.open(self.directory / PROFILE_FILE, self._key(digest, united))
+        self._measure(self._alone(sizes, profile), profile)
+        self._measure(self._combined(sizes, profile), profile)
         fronts = {size: pareto_front([row.level for row in profile.of(size).values()]) for size in sizes}
         levels = align_levels(fronts, self.options.num_levels, self.options.max_loss)
         ladder = Ladder(
@@ -111,8 +109,9 @@ class Calibration:
         ladder.write(self.directory / LADDER_FILE)
         return ladder
 
-    def _key(self, slot: ModelSlot, digest: str, united: dict[int, str]) -> dict[str, Any]:
-        card = torch.cuda.get_device_name(slot.device) if slot.device.type == "cuda" else "cpu"
+    def _key(self, digest: str, united: dict[int, str]) -> dict[str, Any]:
+        device = self._on("torch").device
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return {
             "model_digest": digest,
             "united": {str(way): build for way, build in united.items()},
@@ -124,30 +123,55 @@ class Calibration:
             "torch": torch.__version__,
         }
 
-    def _measure_losses(self, slot: ModelSlot, sizes: Sequence[StepSize], profile: QualityProfile) -> None:
+    def _alone(self, sizes: Sequence[StepSize], profile: QualityProfile) -> Work:
+        """Every dimmer by itself, at every step size."""
+        slot, kinds = self._on("torch"), self.options.kinds
+        allocations = self._allocate(slot, sizes[-1], profile) if DimmerKind.TOPK in kinds else []
+        ways, spec, top_k = tuple(slot.dimming.united), slot.spec, slot.spec.num_experts_per_token
+        return [
+            (size, setting)
+            for size in sizes
+            for setting in dict.fromkeys(candidates(size, ways, spec.num_experts, top_k, allocations, kinds))
+        ]
+
+    def _allocate(self, slot: ModelSlot, size: StepSize, profile: QualityProfile) -> list[tuple[int, ...]]:
+        """Experts per token for each layer, by what each layer alone loses with fewer."""
         meter = QualityMeter(slot, self.sequences)
-        kinds, top_k = self.options.kinds, slot.spec.num_experts_per_token
-        cuts = [(layer, k) for layer in meter.layers for k in range(1, top_k)] if DimmerKind.TOPK in kinds else []
+        top_k, num_layers = slot.spec.num_experts_per_token, slot.spec.num_layers
+        cuts = [(layer, k) for layer in meter.layers for k in range(1, top_k)]
         for layer, k in self._remaining(
             cuts, [(layer, k) for layer, k in cuts if f"{layer}/{k}" in profile.sensitivity]
         ):
-            one_layer = tuple(k if index == layer else top_k for index in range(slot.spec.num_layers))
-            quality = meter.measure(DimSetting(DimmerKind.TOPK, top_k=one_layer), sizes[-1])
+            one_layer = tuple(k if index == layer else top_k for index in range(num_layers))
+            quality = meter.measure(DimSetting(DimmerKind.TOPK, top_k=one_layer), size)
             profile.sensitivity[f"{layer}/{k}"] = quality.loss
             self._done(profile, f"layer {layer} with {k} of {top_k} experts: loss {quality.loss:.4f}")
-        allocations = []
-        if cuts:
-            losses = [
-                [max(profile.sensitivity[f"{layer}/{k}"], 0.0) for k in range(1, top_k)] + [0.0]
-                for layer in meter.layers
-            ]
-            allocations = top_k_allocations(losses, meter.layers, slot.spec.num_layers, top_k)
-        ways = tuple(slot.dimming.united)
-        work = [
-            (size, setting)
-            for size in sizes
-            for setting in dict.fromkeys(candidates(size, ways, slot.spec.num_experts, top_k, allocations, kinds))
+        losses = [
+            [max(profile.sensitivity[f"{layer}/{k}"], 0.0) for k in range(1, top_k)] + [0.0] for layer in meter.layers
         ]
+        return top_k_allocations(losses, meter.layers, num_layers, top_k)
+
+    def _combined(self, sizes: Sequence[StepSize], profile: QualityProfile) -> Work:
+        """Dimmers over fewer experts per token, where what was measured alone gives hope."""
+        alone = {
+            size: [
+                row.level
+                for row in profile.of(size).values()
+                if row.setting.kind is DimmerKind.TOPK or not row.setting.top_k
+            ]
+            for size in sizes
+        }
+        return [(size, setting) for size in sizes for setting in combinations(alone[size], self.options.max_loss)]
+
+    def _measure(self, work: Work, profile: QualityProfile) -> None:
+        """Losses first, then step times."""
+        if any(setting not in profile.of(size) for size, setting in work):
+            self._measure_losses(work, profile)
+        if any(profile.of(size)[setting].step_frac is None for size, setting in work):
+            self._measure_times(work, profile)
+
+    def _measure_losses(self, work: Work, profile: QualityProfile) -> None:
+        meter = QualityMeter(self._on("torch"), self.sequences)
         for size, setting in self._remaining(work, [(s, c) for s, c in work if c in profile.of(s)]):
             row = _same_at_any_size(setting, profile)
             if row is None:
@@ -157,13 +181,13 @@ class Calibration:
             said = f"{size.name}, {setting.name}: loss {row.loss:.4f} +- {row.se:.4f}, {row.experts:.1f} experts"
             self._done(profile, said)
 
-    def _measure_times(self, slot: ModelSlot, sizes: Sequence[StepSize], profile: QualityProfile) -> None:
-        timer = StepTimer(slot, self.sequences, self.options.repeats)
-        work = [(size, row) for size in sizes for row in profile.of(size).values()]
-        for size, row in self._remaining(work, [(s, r) for s, r in work if r.step_frac is not None]):
-            frac = timer.step_frac(row.setting, size)
-            profile.of(size)[row.setting] = replace(row, step_frac=frac)
-            self._done(profile, f"{size.name}, {row.setting.name}: {frac:.3f} of the step time")
+    def _measure_times(self, work: Work, profile: QualityProfile) -> None:
+        timer = StepTimer(self._on("auto"), self.sequences, self.options.repeats)
+        timed = [(size, setting) for size, setting in work if profile.of(size)[setting].step_frac is not None]
+        for size, setting in self._remaining(work, timed):
+            frac = timer.step_frac(setting, size)
+            profile.of(size)[setting] = replace(profile.of(size)[setting], step_frac=frac)
+            self._done(profile, f"{size.name}, {setting.name}: {frac:.3f} of the step time")
 
     def _remaining(self, work: Sequence[Any], done: Sequence[Any]) -> Iterator[Any]:
         """The work not done yet; tells the progress of all of it."""
@@ -179,6 +203,17 @@ class Calibration:
     def _done(self, profile: QualityProfile, said: str) -> None:
         profile.write(self.directory / PROFILE_FILE)
         self.on_progress(Progress(self._num_done, self._num_total, said))
+
+    _slot: ModelSlot | None = None
+    _kernels: str = ""
+
+    def _on(self, kernels: str) -> ModelSlot:
+        """The model on these kernels; one at a time lies in the device's memory. A CPU has the plain ones only."""
+        if self._slot is None or (self._slot.device.type == "cuda" and self._kernels != kernels):
+            self._slot = None
+            torch.cuda.empty_cache()
+            self._slot, self._kernels = self._load(kernels), kernels
+        return self._slot
 
     def _load(self, kernels: str) -> ModelSlot:
         """The model with every united build, and KV blocks for one pass of the text."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.calibrate.frontier import allocate
+from engine.calibrate.frontier import allocate, fastest, pareto_front
+from engine.moe.ladder import Level
 from engine.moe.settings import DimmerKind, DimSetting
 from engine.types import Phase
 
 SHARES = (0.3, 0.5, 0.7, 0.85, 1.0)
 BUDGET_FRACS = (0.35, 0.5, 0.65)
-CROWDED = 3.0  # pairs per expert from which re-picking has nothing left to save (notes: crossover at 1 to 2)
+CROWDED = 3.0  # pairs per expert from which re-picking has nothing left to save; it paid up to 1 or 2 where measured
+MAX_COMBINED = 8  # a step size
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,33 @@ def candidates(
         ]
     if DimmerKind.TOPK in kinds:
         found += [DimSetting(DimmerKind.TOPK, top_k=top_k) for top_k in allocations]
-        whole = [DimSetting(DimmerKind.UNITED, way=way, share=1.0) for way in ways if DimmerKind.UNITED in kinds]
-        found += [setting.with_top_k(top_k) for setting in whole for top_k in allocations[:2]]
     return found
+
+
+def combinations(measured: Sequence[Level], max_loss: float) -> list[DimSetting]:
+    """Dimmers over fewer experts per token that are worth measuring too, the most promising first.
+
+    Those that would be faster than anything ``measured`` at one step size within the same loss, if losses added up and
+    step times multiplied. Savings overlap, so that is a hope; at most MAX_COMBINED are to be tried.
+    """
+    cuts = [level for level in measured if level.setting.kind is DimmerKind.TOPK]
+    others = [level for level in measured if not level.setting.top_k]
+    hoped = [
+        Level(
+            other.setting.with_top_k(cut.setting.top_k),
+            max(other.loss or 0.0, 0.0) + max(cut.loss or 0.0, 0.0),
+            (other.step_frac or 1.0) * (cut.step_frac or 1.0),
+        )
+        for other in others
+        for cut in cuts
+    ]
+    front = pareto_front(measured)
+    gains = {
+        level.setting: (fastest(front, level.loss or 0.0).step_frac or 1.0) - (level.step_frac or 1.0)
+        for level in pareto_front([*measured, *hoped])
+        if level not in front and (level.loss or 0.0) <= max_loss
+    }
+    return sorted(gains, key=lambda setting: -gains[setting])[:MAX_COMBINED]
 
 
 def top_k_allocations(

@@ -41,7 +41,7 @@ def align_levels(
     budgets = _spread(max(within[0], MIN_LOSS), within[-1], num_levels - 1)
     chosen: dict[Key, list[Level]] = {key: [front[0]] for key, front in fronts.items()}
     for budget in budgets:
-        of_budget = {key: _fastest(front, budget) for key, front in fronts.items()}
+        of_budget = {key: fastest(front, budget) for key, front in fronts.items()}
         if any(of_budget[key] != levels[-1] for key, levels in chosen.items()):
             for key, levels in chosen.items():
                 levels.append(of_budget[key])
@@ -71,7 +71,8 @@ def allocate(losses: Sequence[Sequence[float]], total: int) -> tuple[int, ...]:
     return min(best.values())[1]
 
 
-def _fastest(front: Sequence[Level], budget: float) -> Level:
+def fastest(front: Sequence[Level], budget: float) -> Level:
+    """Of a Pareto front, the fastest level that loses no more than ``budget``."""
     return [level for level in front if (level.loss or 0.0) <= budget * (1 + 1e-9)][-1]
 
 
