@@ -6,13 +6,13 @@ import json
 import pytest
 from rich.console import Console
 
+from benchmarks.demo.samples import Sample
+from benchmarks.demo.summary import Measurement, Run, render_table, write_results
 from benchmarks.loadgen.closed_loop import Throughput
 from benchmarks.loadgen.record import Outcome, RequestRecord
 from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
-from benchmarks.samples import Sample
 from benchmarks.scenario import REPOSITORY, load_scenario
-from benchmarks.summary import Measurement, Run, render_table, write_results
 from engine.types import BrownoutUsage, ModelInfo
 
 SCENARIO = load_scenario(REPOSITORY / "benchmarks/scenarios/demo.yaml")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from benchmarks.live import RequestMonitor, every
+from benchmarks.demo.live import RequestMonitor, every
 from benchmarks.loadgen.record import Outcome, RequestRecord
 from benchmarks.workloads.workload import Arrival
 from tests.waiting import until_async

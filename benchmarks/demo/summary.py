@@ -11,11 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import environment
+from benchmarks.demo.samples import Sample
 from benchmarks.loadgen.closed_loop import Throughput
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.plots.burst import LevelSample, RunCurve, draw_burst
 from benchmarks.report import RunMetrics, Slo, by_second, measure
-from benchmarks.samples import Sample
 from benchmarks.scenario import Scenario
 from benchmarks.workloads.workload import Workload
 from engine.types import ModelInfo

@@ -19,15 +19,15 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from benchmarks.live import RequestMonitor, every
+from benchmarks.demo.live import RequestMonitor, every
+from benchmarks.demo.samples import Sample, read_samples, samples_table
+from benchmarks.demo.summary import Measurement, Run, render_table, write_results
 from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.closed_loop import Throughput, run_closed_loop, throughput
 from benchmarks.loadgen.open_loop import run_open_loop
 from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
-from benchmarks.samples import Sample, read_samples, samples_table
 from benchmarks.scenario import REPOSITORY, Scenario, ScenarioError, load_scenario
-from benchmarks.summary import Measurement, Run, render_table, write_results
 from benchmarks.workloads.workload import Workload
 from cluster.local import LocalCluster
 from cluster.serve_file import ServeFile, load_serve_file
