@@ -47,6 +47,8 @@ class RowInfo:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
+    """One step's inputs on the device: T rows of N sequences, N' of which have logits wanted."""
+
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
     attention: AttentionMetadata
@@ -57,6 +59,8 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
+    """What a step computes, still on the device."""
+
     logits: Tensor  # [N', V] in the model's dtype
     dimmed_pairs: Tensor  # [T] int64: pairs of the row, over all layers, served by a united expert
 

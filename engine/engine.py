@@ -23,14 +23,14 @@ from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
-from engine.load import load_of
 from engine.moe.swap import SwapPlan, UnitedSwap, plan_swap
 from engine.pool.slots import ModelSlot, load_slot
-from engine.profile import profile_steps
 from engine.request_log import RequestLog
 from engine.request_state import RequestState
 from engine.runner import LaunchedStep, Runner, StepResult
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
+from engine.stats import stats_of
+from engine.step_profile import profile_steps
 from engine.telemetry import StepRecord, TelemetryRecorder
 from engine.tokenizer import load_tokenizer
 from engine.types import (
@@ -305,6 +305,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The load right now."""
-        return load_of(
+        return stats_of(
             self.scheduler, self.brownout, self._clock(), self._num_preemptions, self._num_steps, self._num_tokens
         )

@@ -15,10 +15,10 @@ from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.governor import step_time_for_queue_s
 from engine.kv_cache.blocks import BlockManager
-from engine.load import load_of
-from engine.profile import profiled_token_counts
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.scheduler.sequence import Sequence
+from engine.stats import stats_of
+from engine.step_profile import profiled_token_counts
 from engine.step_time import StepTimeModel
 from engine.telemetry import StepRecord, StepWindow, TelemetryRecorder
 from engine.types import (
@@ -103,7 +103,7 @@ class SimulatedReplica:
         )
 
     def stats(self) -> EngineStats:
-        return load_of(self.scheduler, self.brownout, self._events.now_s, self._num_preemptions)
+        return stats_of(self.scheduler, self.brownout, self._events.now_s, self._num_preemptions)
 
     # The step
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,152 +22,24 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.control import save_rows
-from benchmarks.loadgen.record import Outcome, RequestRecord
+from benchmarks.loadgen.record import RequestRecord
 from benchmarks.report import Slo, measure, percentile
 from benchmarks.results import RESULTS, markdown_table, write_result
 from benchmarks.scenario import REPOSITORY
 from benchmarks.simulator.cluster import SimulatedCluster
+from benchmarks.simulator.live import MARGINS, CpuClock, CpuTimedBrownout, LiveRun, run_live
 from benchmarks.simulator.runs import policy_of
 from benchmarks.simulator.scenario import ScenarioFile, SimulationError
-from benchmarks.simulator.traffic import Traffic, build_traffic
-from benchmarks.workloads.lengths import draw_prompt
+from benchmarks.simulator.traffic import build_traffic
 from cluster.serve_file import load_serve_file
-from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.governor import step_time_for_queue_s
-from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.step_time import StepTimeModel
-from engine.types import BrownoutSetting, GenerationRequest, Levels, PhaseSetting, SamplingParams
 
 SERVE_FILE = REPOSITORY / "deploy/serve/two-models.yaml"
-MARGINS = {"ttft_margin": 0.5, "tpot_margin": 0.92, "max_shift": 0.0}  # of law "predictive", never shifted
 MIN_STEPS = 20  # that a level must have run before its times are its own
-STEPS_PER_LEVEL = 5  # before the next level has its turn
 KNEE = 16  # tokens of a step
 TOKEN_COUNTS = (1, KNEE, 4 * KNEE)
-
-
-class CpuClock:
-    """Seconds of CPU time of this process since it was made, plus the idle time that was skipped."""
-
-    def __init__(self) -> None:
-        self._skipped_s = -time.process_time()
-
-    def __call__(self) -> float:
-        return self._skipped_s + time.process_time()
-
-    def skip_to(self, at_s: float) -> None:
-        self._skipped_s += max(0.0, at_s - self())
-
-
-class CpuTimedBrownout(Brownout):
-    """Learns each step's time on the engine's clock, from choosing its level to its end, instead of the wall's."""
-
-    _chosen_at_s = 0.0
-
-    def choose(self, scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
-        self._chosen_at_s = now_s
-        return super().choose(scheduler, batch, now_s)
-
-    def learn_step(self, batch: ScheduledBatch, levels: Levels, step_time_s: float, now_s: float) -> None:
-        super().learn_step(batch, levels, now_s - self._chosen_at_s, now_s)
-
-
-@dataclass(frozen=True, slots=True)
-class LiveRun:
-    """What the live engine did."""
-
-    records: tuple[RequestRecord, ...]
-    levels: tuple[tuple[float, int], ...]  # (time, level) at each change
-    reaction_s: float | None  # from the queue's first signal to the first dimmed step
-    steps: tuple[tuple[int, int, float], ...]  # (level, tokens, seconds)
-    loss_nats: float
-
-
-def governed(engine: Engine) -> BrownoutSetting:
-    """What the law decides throughout when its margins never shift."""
-    top, slo = engine.info.num_levels - 1, engine.config.slo
-    return BrownoutSetting(
-        prefill=PhaseSetting(0, top, slo.ttft_s, MARGINS["ttft_margin"]),
-        decode=PhaseSetting(0, top, slo.tpot_s, MARGINS["tpot_margin"]),
-        law="predictive",
-    )
-
-
-def run_live(
-    engine: Engine,
-    clock: CpuClock,
-    traffic: Traffic,
-    loss: Sequence[float],
-    seed: int,
-    progress: Progress,
-    each_level: bool = False,
-) -> LiveRun:
-    """Plays the traffic on the engine's clock; requests enter between two steps, as in serving.
-
-    ``each_level``: instead of being governed, each level runs STEPS_PER_LEVEL steps in turn.
-    """
-    rng = np.random.default_rng(seed)
-    top = engine.info.num_levels - 1
-    slo = engine.config.slo
-    engine.apply_setting(governed(engine))
-    promise = PhaseSetting(0, top, slo.ttft_s, 1.0)
-    prompts = [draw_prompt(r.num_prompt, engine.info.vocab_size, rng) for r in traffic.requests]
-    pending = list(enumerate(traffic.requests))[::-1]
-    first_s: dict[str, float] = {}
-    records: list[RequestRecord] = []
-    levels: list[tuple[float, int]] = []
-    steps: list[tuple[int, int, float]] = []
-    signal_s = reaction_s = None
-    loss_nats = 0.0
-    task = progress.add_task("live engine", total=len(prompts))
-    start_s = clock()
-    while len(records) < len(prompts):
-        now_s = clock() - start_s
-        while pending and pending[-1][1].at_s <= now_s:
-            index, request = pending.pop()
-            sampling = SamplingParams(max_tokens=request.num_output, temperature=0.0, ignore_eos=True)
-            waited_s = now_s - request.at_s
-            engine.add(GenerationRequest(str(index), prompts[index], sampling, waited_s=waited_s))
-        if not engine.has_work:
-            clock.skip_to(start_s + pending[-1][1].at_s)
-            continue
-        if each_level:
-            engine.apply_setting(BrownoutSetting.pinned(len(steps) // STEPS_PER_LEVEL % engine.info.num_levels))
-        outputs = engine.step()
-        ended_s = clock() - start_s
-        level, seen = engine.brownout.levels.peak, engine.brownout.observation
-        steps.append((level, seen.num_tokens, ended_s - now_s))
-        if not levels or levels[-1][1] != level:
-            levels.append((now_s, level))
-        loss_nats += loss[level] * seen.num_tokens
-        governor = engine.brownout.governor
-        chunk_s, step_s = step_time_for_queue_s(promise, seen, governor.mean_output_tokens)
-        chunk_is_late = governor.model.predict_s(0, seen.max_num_batched_tokens) > chunk_s
-        if signal_s is None and (governor.smoothed_s[0] > step_s or chunk_is_late):
-            signal_s = now_s
-        if signal_s is not None and reaction_s is None and level > 0:
-            reaction_s = now_s - signal_s
-        for output in outputs:
-            first_s.setdefault(output.request_id, ended_s)
-            if output.finish_reason is not None:
-                request = traffic.requests[int(output.request_id)]
-                records.append(
-                    RequestRecord(
-                        request.at_s,
-                        request.at_s,
-                        Outcome.COMPLETED,
-                        first_s[output.request_id],
-                        ended_s,
-                        request.num_prompt,
-                        request.num_output,
-                    )
-                )
-                progress.advance(task)
-    if signal_s is None and any(level for _, level in levels):
-        reaction_s = 0.0  # dimmed before the queue asked for it
-    return LiveRun(tuple(records), tuple(levels), reaction_s, tuple(steps), loss_nats)
 
 
 def fitted(num_levels: int, steps: Sequence[tuple[int, int, float]]) -> StepTimeModel:

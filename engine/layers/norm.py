@@ -10,6 +10,8 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class RmsNorm:
+    """x / rms(x) * weight over the last dimension."""
+
     weight: Tensor  # [D]
     eps: float
 

@@ -37,6 +37,8 @@ class DenseLayer:
 
 @dataclass(slots=True)
 class DecoderLayer:
+    """One layer's parts in the order of their use; maps of widths as in -> out."""
+
     input_norm: RmsNorm
     qkv: Linear  # D -> q_size + 2 kv_size
     head_norm: HeadNorm | None

@@ -27,6 +27,8 @@ CHUNKS_PER_SCAN_STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
+    """P (token, expert) pairs, sorted by expert and cut into tiles of one expert each."""
+
     order: Tensor  # [P] int32: pairs, sorted by expert
     tiles: Tensor  # [max_tiles, 3] int32: expert, first row in ``order``, one past its last row
     num_tiles: Tensor  # [1] int32; tiles from there on hold nothing

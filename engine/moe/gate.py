@@ -20,6 +20,8 @@ class Routing:
 
 @dataclass(slots=True)
 class Gate:
+    """Softmax over all E experts, then each row's best A with their probabilities as weights."""
+
     weight: Tensor  # [E, D]
     num_experts_per_token: int  # A
     norm_topk_prob: bool

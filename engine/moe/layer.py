@@ -18,6 +18,8 @@ from engine.moe.load import ExpertCounter
 
 @dataclass(slots=True)
 class MoeLayer:
+    """The plain path: gate, dimmer, grouped experts, shared expert. `engine.moe.fused` has its Triton twin."""
+
     index: int
     gate: Gate
     experts: PackedExperts

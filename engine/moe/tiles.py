@@ -30,6 +30,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class MoeTiles:
+    """How the two grouped products of one MoE layer are cut."""
+
     rows: int  # pairs of one expert per tile
     gate_up: Tile
     down: Tile

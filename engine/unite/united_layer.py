@@ -18,6 +18,8 @@ CHUNK_PAIRS = 65_536  # bounds the activations held at once
 
 @dataclass(frozen=True, slots=True)
 class UnitedLayer:
+    """G united experts of one layer, one for each group of ``grouping``."""
+
     grouping: Grouping
     gate_up: Tensor  # [G, 2F, D]
     down: Tensor  # [G, D, F]

@@ -15,8 +15,8 @@ from engine.models.registry import load_spec
 from engine.moe.layer import MoeLayer
 from engine.pool.kv_pool import CPU_KV_BYTES, run_largest_step
 from engine.pool.slots import load_slot
-from engine.profile import UNPROFILED_STEP_S, profile_steps
 from engine.runner import Runner
+from engine.step_profile import UNPROFILED_STEP_S, profile_steps
 from engine.weights.manifest import CheckpointError
 from tests.models import FAMILIES, write_checkpoint, write_config
 

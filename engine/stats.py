@@ -1,4 +1,4 @@
-"""The load of an engine at one moment, from its scheduler and its brownout; simulated replicas ask it too. Pure."""
+"""An engine's stats at one moment, from its scheduler and its brownout; simulated replicas ask it too. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.scheduler.scheduler import Scheduler
 from engine.types import EngineStats, Levels
 
 
-def load_of(
+def stats_of(
     scheduler: Scheduler,
     brownout: Brownout,
     now_s: float,

@@ -65,7 +65,7 @@ async def serve(serve_yaml: str, port: int) -> None:
 def running(serve_yaml: Path, port: int) -> Iterator[str]:
     """A server in a process of its own; yields its URL."""
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([sys.executable, "-m", "benchmarks.direct", str(serve_yaml), str(port)]) as process:
+    with subprocess.Popen([sys.executable, "-m", "benchmarks.serving.direct", str(serve_yaml), str(port)]) as process:
         try:
             _wait_until_ready(url, process)
             yield url
