@@ -1,15 +1,12 @@
-"""Rates over a real Redis that is shared, slow or gone; queues, refusals and their headers over a real engine."""
+"""Tenants' queues, refusals and their headers, over HTTP and a real engine."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
 import re
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,167 +15,25 @@ import openai
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
-from redis import Redis
 
-from cluster.admission.buckets import Grant, Levels, RateKind, Rates, full, refill, take
 from cluster.admission.config import AdmissionSection
 from cluster.admission.key_store import FileKeyStore
 from cluster.admission.key_watch import KeyWatch
 from cluster.admission.keys import new_key
-from cluster.admission.promises import PromiseReader
 from cluster.admission.rates import TenantRates
-from cluster.admission.shared import LIMIT_S, Missed, SharedBuckets, rate_key
 from cluster.admission.tenants import TenantLimits
 from cluster.config import IngressSection
 from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Authenticator
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
-from cluster.redis_server import RedisServer
-from controller.arbiter import ArbiterObservation
-from controller.config import ControllerConfig
-from controller.ledger import DecisionLedger
-from controller.settings import SettingsStore
-from controller.state import ControllerState
 from engine.async_engine import AsyncEngine
 from tests.integration.in_process_backend import InProcessBackend
 from tests.integration.served_api import MODEL, engine_config
 from tests.models import write_config
 from tests.waiting import until_async
 
-PREFIX = "brownoutserve:test"
-SLOW = Rates(requests=6, tokens=600)  # nothing worth noticing flows in while a test runs
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
-        yield server
-
-
-@pytest_asyncio.fixture
-async def connected(redis: RedisServer) -> AsyncIterator[Callable[[], Any]]:
-    """Makes views of the shared buckets, each as another ingress process would have it."""
-    views: list[SharedBuckets] = []
-
-    async def view() -> SharedBuckets:
-        shared = SharedBuckets(redis.url, PREFIX)
-        views.append(shared)
-        shared.start()
-        await until_async(lambda: shared.reachable)
-        return shared
-
-    yield view
-    for shared in views:
-        await shared.close()
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No answer of Redis comes too late, however busy the machine is."""
-    monkeypatch.setattr("cluster.admission.shared.LIMIT_S", 30.0)
-
-
-@pytest.mark.usefixtures("patient")
-async def test_the_script_does_what_the_buckets_do(connected: Any) -> None:
-    """But for what flows in between our looks at the clock."""
-    shared, draw = await connected(), random.Random(3)
-    for number, rates in enumerate((SLOW, Rates(tokens=50), Rates(requests=4), Rates())):
-        tenant, levels, taken_s = f"tenant-{number}", full(rates), time.monotonic()
-        for _ in range(40):
-            wanted = draw.uniform(0, 90)
-            asked_s = time.monotonic()
-            grant = await shared.take(tenant, rates, 1, wanted)
-            assert isinstance(grant, Grant)
-            least = take(levels, rates, 1, wanted)
-            most = take(refill(levels, rates, time.monotonic() - taken_s), rates, 1, wanted)
-            assert grant.short in (least.short, most.short)
-            if least.short is most.short:
-                for kind in ("requests", "tokens"):
-                    if getattr(rates, kind) is not None:
-                        level = getattr(grant.levels, kind)
-                        assert getattr(least.levels, kind) - 0.01 <= level <= getattr(most.levels, kind) + 0.01
-            levels, taken_s = grant.levels, asked_s
-
-
-@pytest.mark.usefixtures("patient")
-async def test_processes_share_one_rate_and_its_key_does_not_stay(connected: Any, redis: RedisServer) -> None:
-    ours, theirs = await connected(), await connected()
-    grants = [await view.take("acme", SLOW, 1, 10) for view in (ours, theirs) * 5]
-    assert [grant.short for grant in grants] == [None] * 6 + [RateKind.REQUESTS] * 4
-    ours.settle("acme", SLOW, 0, -40)
-    await until_level(theirs, 580)
-    with Redis.from_url(redis.url) as store:
-        (key,) = store.keys("*")
-        assert key.decode() == rate_key(PREFIX, "acme") == "brownoutserve:test:rate:{acme}"
-        assert 0 < store.ttl(key) <= 62
-
-
-async def until_level(shared: SharedBuckets, tokens: float) -> None:
-    async with asyncio.timeout(60):
-        while (await shared.take("acme", SLOW, 99, 0)).levels.tokens < tokens:
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.usefixtures("patient")
-async def test_without_redis_each_process_has_its_part_and_nobody_waits(connected: Any, redis: RedisServer) -> None:
-    rates = TenantRates(await connected(), num_ingress=2)
-    begun_s = time.monotonic()
-    answer = await rates.take("acme", SLOW, 10)
-    assert answer.short is None
-    assert redis.pid is not None
-    os.kill(redis.pid, signal.SIGKILL)
-    async with asyncio.timeout(20):  # less than an answer may take
-        answers = [await rates.take("acme", SLOW, 10) for _ in range(6)]
-    assert [answer.short for answer in answers] == [None, None, RateKind.REQUESTS] + [RateKind.REQUESTS] * 3
-    # Three a minute are this process's part; half of the five that Redis last said were left, less two, is a half.
-    assert 10 - (time.monotonic() - begun_s) <= answers[-1].retry_after_s <= 10.01
-    assert rates.early_refusal("acme") is not None
-    redis.start()
-    await until_async(lambda: rates.are_shared)
-    assert (await rates.take("other", SLOW, 10)).levels.requests == pytest.approx(5, abs=0.5)
-    # The new Redis knows nothing, but is told of the two that were granted without it; with this one that is three.
-    assert (await rates.take("acme", SLOW, 10)).levels.requests == pytest.approx(3, abs=0.5)
-
-
-async def test_a_slow_redis_costs_a_request_no_more_than_the_limit(
-    connected: Any, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cluster.router.loads.TIMEOUT_S", 60.0)  # what a request would wait that waits for Redis
-    shared = await connected()
-    assert redis.pid is not None
-    os.kill(redis.pid, signal.SIGSTOP)
-    try:
-        begun_s = time.monotonic()
-        missed = [await shared.take("acme", SLOW, 1, 1) for _ in range(6)]
-        assert LIMIT_S * 3 <= time.monotonic() - begun_s < 20
-        assert missed == [Missed.LATE] * 3 + [Missed.AWAY] * 3  # nobody asks any more
-        assert not shared.reachable
-    finally:
-        os.kill(redis.pid, signal.SIGCONT)
-    await until_async(lambda: shared.reachable)
-
-
-async def test_what_the_arbiter_saw_reaches_the_ingress(redis: RedisServer) -> None:
-    state = ControllerState(ControllerConfig())
-    seen = ArbiterObservation(ttft_slo_s=1.0, ttft_level0_s=0.7, ttft_dimmed_s=0.3, num_replicas=2, max_replicas=4)
-    state.control_of(MODEL).promise = seen
-    state.control_of("unknown load").promise = ArbiterObservation(1.0, None)
-    store = SettingsStore(redis.url, PREFIX)
-    reader = PromiseReader(redis.url, PREFIX, [MODEL, "unknown load", "nobody"])
-    await store.save(state.to_save(0.0), DecisionLedger())
-    reader.start()
-    await until_async(lambda: reader.promise(MODEL) is not None)
-    assert reader.promise(MODEL) == seen
-    assert reader.promise("unknown load") == ArbiterObservation(1.0, None)
-    assert reader.promise("nobody") is None
-    with Redis.from_url(redis.url) as client:
-        assert all(client.ttl(key) > 0 for key in client.keys("*promise*"))
-    await reader.close()
-    await store.close()
-
-
-# --- over HTTP -------------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0}
 LONG = {**COMPLETION, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
@@ -237,10 +92,6 @@ async def server(engine: AsyncEngine, tmp_path: Path) -> AsyncIterator[Server]:
     await server.http.aclose()
 
 
-over_http = pytest.mark.asyncio(loop_scope="module")
-
-
-@over_http
 async def test_requests_per_minute(server: Server) -> None:
     for left in (2, 1, 0):
         answer = await server["rated"].completions.with_raw_response.create(**COMPLETION)
@@ -263,7 +114,6 @@ def seconds(duration: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|[hms])", duration))
 
 
-@over_http
 async def test_tokens_per_minute_are_reserved_and_settled(server: Server) -> None:
     begun_s = time.monotonic()
 
@@ -292,7 +142,6 @@ async def test_tokens_per_minute_are_reserved_and_settled(server: Server) -> Non
     assert (never.value.code, "retry-after" in never.value.response.headers) == ("tokens_exceed_budget", False)
 
 
-@over_http
 async def test_a_tenant_waits_in_its_own_queue_and_no_longer_than_that(server: Server) -> None:
     running = asyncio.create_task(server["narrow"].completions.create(**LONG))
     await until_async(lambda: server.engine.stats().num_running == 1)
@@ -314,7 +163,6 @@ async def test_a_tenant_waits_in_its_own_queue_and_no_longer_than_that(server: S
     assert (await waiting[1]).usage.completion_tokens == 6
 
 
-@over_http
 async def test_a_flood_waits_here_and_the_next_place_is_the_others(server: Server) -> None:
     body = {**LONG, "max_tokens": 100}
     flood = [asyncio.create_task(server["flood"].completions.create(**body)) for _ in range(40)]
@@ -329,7 +177,6 @@ async def test_a_flood_waits_here_and_the_next_place_is_the_others(server: Serve
     await asyncio.gather(*flood[16:], return_exceptions=True)
 
 
-@over_http
 async def test_a_client_says_how_long_it_waits(server: Server) -> None:
     flood = [asyncio.create_task(server["flood"].completions.create(**LONG)) for _ in range(4)]
     await until_async(lambda: server.engine.stats().num_running == 4)
@@ -344,7 +191,6 @@ async def test_a_client_says_how_long_it_waits(server: Server) -> None:
     await asyncio.gather(*flood, return_exceptions=True)
 
 
-@over_http
 async def test_a_queue_that_cannot_be_served_in_time_is_shed_early(server: Server) -> None:
     """``calm`` promises a second; far more than a second of work waits already, so more than half is refused."""
     lane = server.admission.lanes[MODEL]
@@ -364,7 +210,3 @@ async def test_a_queue_that_cannot_be_served_in_time_is_shed_early(server: Serve
     refused = families["brownoutserve_admission_refused_requests"].samples
     assert [(s.labels["outcome"], s.value) for s in refused if s.labels["tenant"] == "calm"] == [("shed", num_shed)]
     assert json.dumps(sorted(families)).count("admission") >= 8
-
-
-def test_levels_without_a_limit_mean_nothing() -> None:
-    assert full(Rates()) == Levels(0.0, 0.0)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import signal
 from dataclasses import replace
 
-import grpc
 import pytest
 
 from controller.laws.base import LawError
@@ -18,13 +16,11 @@ from controller.service import ControllerService
 from controller.sketch import RELATIVE_ERROR as CONTROLLER_RELATIVE_ERROR
 from controller.types import Phase as ControllerPhase
 from controller.wire import read_window
-from engine.agent import TelemetryAgent
 from engine.config import SloConfig
 from engine.sketch import RELATIVE_ERROR
-from engine.telemetry import ExpertLoad, StepRecord, StepWindow, TelemetryRecorder
-from engine.types import BrownoutSetting, EngineStats, Levels, ServiceClass
+from engine.telemetry import ExpertLoad, StepRecord, TelemetryRecorder
+from engine.types import EngineStats, Levels, ServiceClass
 from engine.wire import window_to_proto
-from protos import control_pb2, control_pb2_grpc, telemetry_pb2
 from tests.integration.control_harness import CONFIG, MODEL, Cluster
 from tests.waiting import until_async
 
@@ -222,136 +218,6 @@ async def test_a_controller_that_lost_its_memory_continues_above_the_replicas(cl
     await cluster.start_controller()
     await until_async(lambda: a.levels == (1, 1))
     assert a.setting.newer_than(before) and a.setting.version > before.version
-
-
-async def test_nothing_that_goes_wrong_in_a_replica_ends_its_agent(cluster: Cluster) -> None:
-    await cluster.start_controller()
-    num_calls = {"address": 0, "window": 0, "setting": 0}
-
-    def fails_twice(what: str) -> None:
-        num_calls[what] += 1
-        if num_calls[what] <= 2:
-            raise RuntimeError(f"no {what} yet")
-
-    async def address() -> str:
-        fails_twice("address")
-        return cluster.address
-
-    def take_window() -> StepWindow:
-        fails_twice("window")
-        return TelemetryRecorder(SloConfig()).drain(EngineStats(), 0.25)
-
-    def on_setting(setting: BrownoutSetting) -> bool:
-        fails_twice("setting")
-        return True
-
-    agent = TelemetryAgent(
-        address_provider=address,
-        replica_id="a",
-        model_info=MODEL,
-        on_setting=on_setting,
-        take_window=take_window,
-        period_s=0.05,
-    )
-    await agent.start()
-    await until_async(lambda: agent.connected and min(num_calls.values()) >= 3)
-    await agent.stop()
-
-
-def window(sequence: int, incarnation: int = 1, **fields: object) -> control_pb2.ReplicaMessage:
-    sound = {"replica_id": "raw", "model_id": "model", "window_s": 0.25, "num_running": sequence}
-    return control_pb2.ReplicaMessage(
-        window=telemetry_pb2.StepWindow(**{**sound, "sequence": sequence, "incarnation": incarnation, **fields})
-    )
-
-
-HELLO = control_pb2.ReplicaMessage(
-    hello=control_pb2.Hello(replica_id="raw", model_id="model", incarnation=1, num_levels=5, ladder_measured=True)
-)
-
-
-async def test_garbage_is_refused_and_the_stream_goes_on(cluster: Cluster) -> None:
-    service = await cluster.start_controller()
-    a = await cluster.start_replica("a")
-    async with grpc.aio.insecure_channel(cluster.address) as channel:
-        call = control_pb2_grpc.ControlStub(channel).Stream()
-        await call.write(HELLO)
-        first = await call.read()
-        assert first.setting.version >= 1
-        await call.write(window(1, window_s=math.nan))
-        await call.write(window(2, oldest_wait_s=-1.0))
-        await call.write(window(3, replica_id="a"))
-        await call.write(HELLO)
-        await call.write(control_pb2.ReplicaMessage())
-        await call.write(window(4))
-        await call.write(window(4))
-        await call.write(window(3))
-        await call.write(window(5, incarnation=2))
-
-        def model() -> dict[str, object]:
-            return service.status()["models"]["model"]
-
-        await until_async(lambda: model()["num_windows"]["out_of_order"] == 1)
-        await until_async(lambda: model()["replicas"]["raw"]["num_refused"] == 6)
-        assert (model()["num_windows"]["duplicate"], model()["num_windows"]["nonsense"]) == (1, 6)
-        assert model()["replicas"]["raw"]["quarantined"] and not model()["replicas"]["a"]["quarantined"]
-        await until_async(lambda: model()["observation"]["num_quarantined"] == 1)
-        for sequence in range(5, 60):
-            await call.write(window(sequence))
-        await until_async(lambda: not model()["replicas"]["raw"]["quarantined"])
-        await until_async(lambda: model()["replicas"]["raw"]["num_running"] == 59)
-        assert (await call.read()).setting.epoch == 1
-        call.cancel()
-    await until_async(lambda: "raw" not in service.status()["models"]["model"]["replicas"])
-    assert a.agent.num_connections == 1
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        window(1),
-        control_pb2.ReplicaMessage(),
-        control_pb2.ReplicaMessage(hello=control_pb2.Hello(replica_id="raw", model_id="model")),
-    ],
-)
-async def test_a_stream_without_a_sound_hello_is_closed(cluster: Cluster, first: control_pb2.ReplicaMessage) -> None:
-    await cluster.start_controller()
-    async with grpc.aio.insecure_channel(cluster.address) as channel:
-        call = control_pb2_grpc.ControlStub(channel).Stream()
-        await call.write(first)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
-async def test_a_newer_stream_of_a_replica_replaces_the_older(cluster: Cluster) -> None:
-    service = await cluster.start_controller()
-    async with grpc.aio.insecure_channel(cluster.address) as channel:
-        stub = control_pb2_grpc.ControlStub(channel)
-        older, newer = stub.Stream(), stub.Stream()
-        for call in (older, newer):
-            await call.write(HELLO)
-            await call.read()
-        older.cancel()
-        await newer.write(window(1))
-        await until_async(lambda: service.status()["models"]["model"]["replicas"]["raw"]["num_running"] == 1)
-        await service.set_policy("static", level=4)
-        while (await newer.read()).setting.phases[1].floor != 4:
-            pass
-        newer.cancel()
-
-
-async def test_a_replica_whose_host_vanished_is_forgotten(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("controller.streams.MAX_SILENCE_S", 1.0)
-    service = await cluster.start_controller()
-    async with grpc.aio.insecure_channel(cluster.address) as channel:
-        call = control_pb2_grpc.ControlStub(channel).Stream()
-        await call.write(HELLO)
-        await call.read()
-        assert "raw" in service.status()["models"]["model"]["replicas"]
-        await call.write(window(1))
-        await until_async(lambda: service.status()["models"]["model"]["replicas"] == {})
-        call.cancel()
 
 
 async def test_a_taken_port_is_one_sentence(cluster: Cluster) -> None:
