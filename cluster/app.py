@@ -8,8 +8,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.autoscaling import APP
-from cluster.config import ClusterConfig, engine_deployments, key_prefix, parse_models
+from cluster.config import ClusterConfig, parse_models
 from cluster.ingress.deployment import Ingress
+from cluster.names import engine_deployments, key_prefix
 from cluster.replica import EngineReplica
 from controller.settings import plan_key
 
@@ -30,7 +31,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 def application(args: dict[str, Any], replica: type[EngineReplica]) -> serve.Application:
     """The same with replicas of a class of your own."""
     configs = parse_models(args)
-    names = engine_deployments(configs)
+    names = engine_deployments([config.model.served_name for config in configs])
     engines = [_engines(config, name, replica) for config, name in zip(configs, names, strict=True)]
     config = configs[0]
     return serve.deployment(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from cluster.admission.config import AdmissionSection, check_models
+from cluster.ingress.config import IngressSection
+from cluster.names import key_prefix
 from cluster.section import Section
 from controller.config import ConfigError as ControllerConfigError
 from controller.config import ControllerConfig, StreamSecurity
@@ -34,7 +35,6 @@ from engine.config import (
 )
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
-ENGINE_DEPLOYMENT = "EngineReplica"
 # One of each for all models; with autoscaling each of them has its own number of replicas within the same limits.
 SHARED_KEYS = frozenset({"controller", "ingress", "admission", "redis_url", "log_format", "autoscaling", "siblings"})
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -84,28 +84,6 @@ class AutoscalingSection(Section):
             target_frac=self.target_frac,
             down_after_s=self.down_after_s,
         )
-
-
-class IngressSection(Section):
-    """The HTTP front. One ingress replica serves ``max_concurrent`` requests; more get 503 with Retry-After.
-
-    ``idle_timeout_s`` ends a request that got nothing from its engine for so long; it includes the wait in the queue.
-    ``max_stream_s`` ends it however much it gets. Slow and silent clients: a body must have come within
-    ``body_timeout_s``, and a client that takes nothing of its stream for ``send_timeout_s`` loses it. What the proxy in
-    front allows, headers and connections, is set in its environment: see deploy/ray/haproxy.sh.
-    ``admin_token`` is what PUT /v1/brownout asks for; empty: brownout is pinned with the CLI only. Where API keys are
-    asked for, /metrics and GET /v1/brownout take it too.
-    """
-
-    num_replicas: int = Field(default=1, ge=1)
-    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
-    max_header_bytes: int = Field(default=16 * 1024, ge=1024)
-    max_concurrent: int = Field(default=4096, ge=1)
-    body_timeout_s: float = Field(default=10.0, gt=0)
-    idle_timeout_s: float = Field(default=300.0, gt=0)
-    send_timeout_s: float = Field(default=30.0, gt=0)
-    max_stream_s: float = Field(default=3600.0, gt=0)
-    admin_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,27 +218,6 @@ def parse_models(args: Mapping[str, Any]) -> tuple[ClusterConfig, ...]:
         allow_unmeasured=any(config.brownout.allow_unmeasured for config in configs),
     )
     return tuple(config.model_copy(update={"siblings": siblings}) for config in configs)
-
-
-def engine_deployments(configs: Sequence[ClusterConfig]) -> list[str]:
-    """Names of the Serve deployments of their engines, in the same order."""
-    if len(configs) == 1:
-        return [ENGINE_DEPLOYMENT]
-    return [engine_deployment_of(config.model.served_name) for config in configs]
-
-
-def engine_deployment_of(model_name: str) -> str:
-    """The deployment's name for one model of several."""
-    return f"{ENGINE_DEPLOYMENT}-{re.sub(r'[^A-Za-z0-9_.-]', '-', model_name)}"
-
-
-def is_engine_deployment(name: str) -> bool:
-    return name.split("-")[0] == ENGINE_DEPLOYMENT
-
-
-def key_prefix(app_name: str) -> str:
-    """Of all Redis keys of an application."""
-    return f"brownoutserve:{app_name}"
 
 
 def parse_config(args: Mapping[str, Any]) -> ClusterConfig:

@@ -10,8 +10,8 @@ from ray import serve
 from ray._private import ray_constants, services
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import engine_deployment_of, is_engine_deployment
 from cluster.errors import ClusterError
+from cluster.names import engine_deployment_of, is_engine_deployment
 
 
 def find_cluster(address: str | None = None) -> str:

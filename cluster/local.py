@@ -20,10 +20,10 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import engine_deployments, is_engine_deployment
 from cluster.controller_client import ControllerClient
 from cluster.driver import connect
 from cluster.errors import ClusterError
+from cluster.names import engine_deployments, is_engine_deployment
 from cluster.processes import is_port_free
 from cluster.ray_head import HOST, RayHead
 from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
@@ -114,7 +114,8 @@ class LocalCluster:
     def engine_handle(self) -> DeploymentHandle:
         """A Serve handle of the first model's engine replicas, for measurements without HTTP."""
         self._connect()
-        return serve.get_deployment_handle(engine_deployments(self._file.configs)[0], self._file.app_name)
+        deployments = engine_deployments([config.model.served_name for config in self._file.configs])
+        return serve.get_deployment_handle(deployments[0], self._file.app_name)
 
     def model_info(self) -> ModelInfo:
         info: ModelInfo = self.engine_handle().info.remote().result(timeout_s=30)

@@ -100,7 +100,8 @@ def _store(path: Path) -> KeyStore:
     """Where the application's keys are kept. Raises ConfigError."""
     from cluster.admission.config import AdmissionSection
     from cluster.admission.key_store import key_stores
-    from cluster.config import ClusterConfigError, key_prefix
+    from cluster.config import ClusterConfigError
+    from cluster.names import key_prefix
     from cluster.serve_file import load_serve_file  # Ray takes a second to import
 
     file = load_serve_file(path)

@@ -15,7 +15,7 @@ from cluster.admission.key_watch import KeyWatch
 from cluster.admission.promises import PromiseReader
 from cluster.admission.rates import TenantRates
 from cluster.admission.shared import SharedBuckets
-from cluster.config import ClusterConfig, key_prefix, resolve_path
+from cluster.config import ClusterConfig, resolve_path
 from cluster.ingress.admin import ControllerAdmin
 from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Authenticator
@@ -23,6 +23,7 @@ from cluster.ingress.backend import ServeBackend
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.logs import configure as configure_logging
+from cluster.names import key_prefix
 from cluster.router.loads import router_group
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router

@@ -13,11 +13,11 @@ from starlette.requests import ClientDisconnect
 
 from cluster.admission.config import AdmissionSection
 from cluster.admission.tenants import Tenant
-from cluster.config import IngressSection
 from cluster.ingress.admin import BrownoutAdmin
 from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Access, Authenticator
 from cluster.ingress.backend import Backend
+from cluster.ingress.config import IngressSection
 from cluster.ingress.errors import ApiError, Outcome, error_response, to_api_error
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit, check_headers
 from cluster.ingress.metrics import RequestCounter

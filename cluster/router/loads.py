@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.config import key_prefix
+from cluster.names import key_prefix
 from cluster.router.policy import ReplicaLoad
 from engine.types import EngineDeadError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
 from engine.async_engine import AsyncEngine

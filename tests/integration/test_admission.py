@@ -22,9 +22,9 @@ from cluster.admission.key_watch import KeyWatch
 from cluster.admission.keys import new_key
 from cluster.admission.rates import TenantRates
 from cluster.admission.tenants import TenantLimits
-from cluster.config import IngressSection
 from cluster.ingress.admission import Admission
 from cluster.ingress.auth import Authenticator
+from cluster.ingress.config import IngressSection
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
 from engine.async_engine import AsyncEngine

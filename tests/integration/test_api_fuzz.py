@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
 

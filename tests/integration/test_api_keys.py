@@ -21,8 +21,8 @@ from cluster.admission.key_watch import KeyWatch
 from cluster.admission.keys import KeyFault, new_key
 from cluster.admission.tenants import TenantLimits
 from cluster.cli import main
-from cluster.config import IngressSection
 from cluster.ingress.auth import Authenticator
+from cluster.ingress.config import IngressSection
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.redis_server import RedisServer

@@ -11,7 +11,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
 

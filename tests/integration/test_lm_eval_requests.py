@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import MODEL, ServedApi, engine_config, serve
 from tests.models import write_checkpoint
 

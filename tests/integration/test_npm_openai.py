@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, engine_config, serve
 from tests.models import write_config
 from tests.waiting import until

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
 from tests.waiting import until

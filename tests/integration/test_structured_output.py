@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from tests.integration.served_api import CONTEXT_TOKENS, MODEL, engine_config, serve
 from tests.models import write_config
 

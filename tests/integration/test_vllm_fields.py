@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from engine.tokenizer import Tokenizer
 from tests.integration.served_api import MODEL, ServedApi, engine_config, serve
 from tests.models import write_config

@@ -9,7 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from cluster.config import IngressSection
+from cluster.ingress.config import IngressSection
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
 from engine.async_engine import AsyncEngine

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import ClusterConfigError, engine_deployments, parse_config, parse_models, resolve_path
+from cluster.config import ClusterConfigError, parse_config, parse_models, resolve_path
+from cluster.names import engine_deployments
 from cluster.serve_file import load_serve_file
 from tests.models import PROJECT_ROOT
 
@@ -144,7 +145,10 @@ def test_several_models_share_what_stands_beside_them() -> None:
     small, large = parse_models(TWO)
     assert [config.model.served_name for config in (small, large)] == ["org/small", "b"]
     assert [config.replicas for config in (small, large)] == [2, 1]
-    assert engine_deployments((small, large)) == ["EngineReplica-org-small", "EngineReplica-b"]
+    assert engine_deployments([config.model.served_name for config in (small, large)]) == [
+        "EngineReplica-org-small",
+        "EngineReplica-b",
+    ]
     assert small.controller_config("app") == large.controller_config("app")
     controller = small.controller_config("app")
     assert (controller.slo_of("org/small").ttft_s, controller.slo_of("b").ttft_s) == (1.0, 9.0)
@@ -153,7 +157,7 @@ def test_several_models_share_what_stands_beside_them() -> None:
 def test_one_model_needs_no_list() -> None:
     (config,) = parse_models({"model": {"path": "a"}})
     assert config == parse_config({"model": {"path": "a"}})
-    assert engine_deployments((config,)) == ["EngineReplica"]
+    assert engine_deployments([config.model.served_name]) == ["EngineReplica"]
 
 
 @pytest.mark.parametrize(
