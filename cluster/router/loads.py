@@ -69,7 +69,9 @@ class LoadPublisher:
     """Publishes one replica's load until it is stopped; a Redis that is away is tried again each period.
 
     ``take_load`` is given the publication's sequence number. It raises EngineDeadError while there is nothing to route
-    to; the load is withdrawn at once, and published again should the engine go on.
+    to; the load is withdrawn at once, and published again should the engine go on. Any other error of it is a fault of
+    ours: it is logged, the load withdrawn, and the next period tries again, because a replica that serves well must not
+    be without requests until somebody restarts it.
     """
 
     def __init__(self, redis_url: str, group: str, replica_id: str, take_load: Callable[[int], ReplicaLoad]) -> None:
@@ -78,6 +80,7 @@ class LoadPublisher:
         self._take_load = take_load
         self._sequence = 0
         self._reachable = True
+        self._fault: Exception | None = None  # why the last load could not be told
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -99,22 +102,30 @@ class LoadPublisher:
         while True:
             self._sequence += 1
             try:
-                load = self._take_load(self._sequence)
-            except EngineDeadError:
+                value = encode(self._take_load(self._sequence))
+            except Exception as error:
+                self._note_fault(None if isinstance(error, EngineDeadError) else error)
                 if is_published:
                     await self._withdraw()
                 is_published = False
             else:
+                self._note_fault(None)
                 is_published = True
-                await self._publish(load)
+                await self._publish(value)
             await asyncio.sleep(PUBLISH_PERIOD_S)
 
-    async def _publish(self, load: ReplicaLoad) -> None:
+    async def _publish(self, value: bytes) -> None:
         try:
-            await self._client.set(self._key, encode(load), px=int(LEASE_S * 1000))
+            await self._client.set(self._key, value, px=int(LEASE_S * 1000))
             self._note(reachable=True)
         except (RedisError, OSError) as error:
             self._note(reachable=False, error=error)
+
+    def _note_fault(self, error: Exception | None) -> None:
+        """Log a fault once while it lasts."""
+        if repr(error) != repr(self._fault) and error is not None:
+            logger.error("this replica's load cannot be told, so no requests are routed here", exc_info=error)
+        self._fault = error
 
     def _note(self, *, reachable: bool, error: Exception | None = None) -> None:
         """Log changes only."""

@@ -13,7 +13,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from cluster.redis_server import RedisServer
-from cluster.router.loads import LoadPublisher
+from cluster.router.loads import PUBLISH_PERIOD_S, LoadPublisher
 from cluster.router.policy import ReplicaLoad, rank
 from cluster.router.registry import STALE_S, LoadRegistry
 from engine.step_time import StepTimeModel
@@ -31,12 +31,15 @@ class Replica:
         self.load = LOAD
         self.dead = False
         self.frozen = False
+        self.fault: Exception | None = None
         self.sequence = 0
         self.publisher = LoadPublisher(redis_url, APP, replica_id, self._take_load)
 
     def _take_load(self, sequence: int) -> ReplicaLoad:
         if self.dead:
             raise EngineDeadError("dead")
+        if self.fault is not None:
+            raise self.fault
         if not self.frozen:
             self.sequence = sequence
         return replace(self.load, sequence=self.sequence)
@@ -149,6 +152,21 @@ async def test_a_stopped_or_dead_replica_is_unknown_at_once(
     await until_async(lambda: not registry.loads())
     replicas["a"].dead = False  # it had only stalled
     await until_async(lambda: set(registry.loads()) == {"a"})
+
+
+async def test_a_load_that_cannot_be_told_is_logged_once_and_tried_again(
+    replicas: dict[str, Replica], registry: LoadRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    def faults() -> list[str]:
+        return [str(r.exc_info) for r in caplog.records if (r.name, r.levelname) == ("cluster.router.loads", "ERROR")]
+
+    replicas["a"].fault = ZeroDivisionError("a fault of ours")
+    await until_async(lambda: set(registry.loads()) == {"b"})
+    await asyncio.sleep(3 * PUBLISH_PERIOD_S)
+    (fault,) = faults()
+    assert "a fault of ours" in fault
+    replicas["a"].fault = None
+    await until_async(lambda: set(registry.loads()) == {"a", "b"})
 
 
 async def test_redis_dies_and_comes_back(
