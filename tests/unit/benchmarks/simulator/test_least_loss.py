@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,8 @@ from benchmarks.simulator.least_loss import least_loss
 from benchmarks.simulator.scenario import SimulationError, load_scenario
 from benchmarks.simulator.traffic import Request, Traffic
 
-BURST = load_scenario("burst_1.6x")
+FILE = str(Path(__file__).with_name("burst.yaml"))
+BURST = load_scenario(FILE, {"engine.max_num_seqs": 128})
 TOP_LOSS = BURST.plant.levels[-1].loss
 
 
@@ -37,4 +39,4 @@ def test_a_looser_promise_costs_less() -> None:
 
 def test_one_replica_only() -> None:
     with pytest.raises(SimulationError, match="4 replicas"):
-        least_loss(load_scenario("slow_replica"), steady(17.0))
+        least_loss(load_scenario(FILE, {"fleet.replicas": 4}), steady(17.0))
