@@ -29,7 +29,7 @@ from benchmarks.report import nearest_rank
 from benchmarks.results import RESULTS, markdown_table, update_result
 from cluster.redis_server import RedisServer
 from cluster.router.loads import LoadPublisher, connect
-from cluster.router.policy import ReplicaLoad
+from cluster.router.policy import Picked, ReplicaLoad
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router
 from engine.types import GenerationRequest
@@ -52,14 +52,14 @@ REQUEST = GenerationRequest("r", tuple(range(256)))
 class OwnPicks(LoadRegistry):
     """A router that learns of the others' picks only by the published loads."""
 
-    def num_picked(self) -> Mapping[str, int]:
-        picked = dict.fromkeys(REPLICAS, 0)
+    def picked(self) -> Mapping[str, Picked]:
+        num_picked = dict.fromkeys(REPLICAS, 0)
         for (replica_id, sequence), count in self._own.items():
             if self._is_unseen(replica_id, sequence):
-                picked[replica_id] += count
-        return picked
+                num_picked[replica_id] += count
+        return {name: Picked(count) for name, count in num_picked.items()}
 
-    def count_pick(self, replica_id: str) -> None:
+    def count_pick(self, replica_id: str, prompt_tokens: int = 0) -> None:
         load = self._loads.get(replica_id)
         if load is not None:
             key = (replica_id, load.sequence)

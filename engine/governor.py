@@ -4,13 +4,14 @@ Feed-forward: it does not wait for a percentile to go bad. Each step it keeps, f
 m[level] of the step time predicted for the recent batch shapes, and takes the least level at which
 
     m[level] <= margin * TPOT budget                                           (each running request keeps its pace)
-    waited(k) + chunks(k) * c[level] <= margin * TTFT budget  for sampled k    (each prompt is computed in time)
+    waited(k) + chunks(k) * c[level] <= prompts' margin * TTFT budget, sampled k  (each prompt is computed in time)
     waited(k) + places(k) * m[level] <= margin * TTFT budget  for sampled k    (each waiting request starts in time)
     f[level] <= max_num_seqs / (CARRIED_FRAC * arrival rate * mean output length)     (a full batch nearly keeps up)
 
 where chunks(k) counts the steps of a whole token budget, c[level] each, until the k-th waiting request's prompt and
 those before it are computed, and places(k) the steps until k places of a full batch have become free (Little's law:
-max_num_seqs / mean output length per step). f[level] is the step of a full batch. The last condition raises the level
+max_num_seqs / mean output length per step). Prompts' margin is the margin, or less where dimming
+does little for prompts: see `prompt_margin`. f[level] is the step of a full batch. The last condition raises the level
 only when the batch is nearly full, before a queue has formed; on the way down it always counts, or a queue would only
 build up again. What it leaves of the arrivals is for the queue to ask for: levels are few, and the one that carries
 everything may lose far more than turns of the two beside the need; and the rate is known within a tenth only.
@@ -40,6 +41,7 @@ DOWN_S = 0.5  # a level must have been more than enough for so long before it is
 ARRIVALS_S = (1.0, 4.0)  # bounds of the arrival rate's time constant
 NUM_ARRIVALS = 100.0  # that the rate remembers, within those bounds
 CARRIED_FRAC = 0.85  # of the arrivals, that the level must carry without being asked by a queue
+FORFEIT_FRAC = 0.08  # of what dimming could spare a queue of prompts, that may be lost by beginning late
 FULL_FRAC = 0.9  # of the places: from here on the arrivals may raise the level
 USELESS_FRAC = 0.01  # a deeper level that gains less than this is not worth its loss
 MAX_QUEUE_SAMPLES = 16
@@ -164,18 +166,37 @@ def sample_positions(num_waiting: int) -> list[int]:
 
 
 def step_time_for_queue_s(
-    setting: PhaseSetting, observation: StepObservation, mean_output_tokens: float
+    setting: PhaseSetting, observation: StepObservation, mean_output_tokens: float, prompt_margin: float = 1.0
 ) -> tuple[float, float]:
-    """The longest (chunk, step) with which every sampled waiting request still gets its first token in time."""
+    """The longest (chunk, step) with which every sampled waiting request still gets its first token in time.
+
+    Prompts may take ``prompt_margin`` of the promise where that is less than the setting's margin.
+    """
     steps_per_place = mean_output_tokens / observation.max_num_seqs
+    prompts_s = min(prompt_margin, setting.margin) * setting.budget_s
     chunk_s = step_s = math.inf
     for request in observation.waiting:
         left_s = setting.margin * setting.budget_s - request.waited_s
         chunks = request.prefill_tokens / max(observation.prefill_tokens_per_step, 1)
         places_missing = max(0, request.position - observation.num_free_slots)
-        chunk_s = min(chunk_s, left_s / chunks) if chunks > 1 else chunk_s
+        chunk_s = min(chunk_s, (prompts_s - request.waited_s) / chunks) if chunks > 1 else chunk_s
         step_s = min(step_s, left_s / (places_missing * steps_per_place + 1))
     return chunk_s, step_s
+
+
+def prompt_margin(full_chunk_s: Sequence[float]) -> float:
+    """The share of the TTFT promise that a queue of prompts may take before it is dimmed for, by the seconds that a
+    step full of prompt tokens takes at each level. One prompt alone is no queue, and requests that wait for a place in
+    a full batch wait for others to decode.
+
+    Decoding can be dimmed to half of its time and less, so that a burst met late is still carried. Prompts cannot: the
+    deepest level is r = full_chunk_s[0] / min(full_chunk_s) times as fast, not much more than 1, and what arrives at
+    more than r times the rate that level 0 computes will break the promise anyhow. How soon is all that dimming can
+    change. A queue that grows at rho times what level 0 computes, dimmed for from a wait of D on, breaks a promise B
+    so much earlier than if the deepest level had been in force throughout, that the share D / (rho * B) of what that
+    would have spared is lost. With rho > r it is at most FORFEIT_FRAC if D <= FORFEIT_FRAC * r * B.
+    """
+    return FORFEIT_FRAC * full_chunk_s[0] / min(full_chunk_s)
 
 
 def _smooth(state: GovernorState, observation: StepObservation, now_s: float) -> GovernorState:
@@ -200,11 +221,14 @@ def _level_for_pace(state: GovernorState, setting: PhaseSetting) -> int:
 
 
 def _level_for_queue(state: GovernorState, setting: PhaseSetting, observation: StepObservation) -> int:
-    chunk_s, step_s = step_time_for_queue_s(setting, observation, state.mean_output_tokens)
+    if not observation.waiting:
+        return 0
+    full_chunk_s = _predicted_s(state, observation, observation.max_num_batched_tokens)
+    is_queue_of_prompts = len(observation.waiting) > 1 and observation.num_free_slots > 0
+    most = prompt_margin(full_chunk_s) if is_queue_of_prompts else 1.0
+    chunk_s, step_s = step_time_for_queue_s(setting, observation, state.mean_output_tokens, most)
     level = _least_level(state.smoothed_s, step_s)
-    if chunk_s == math.inf:
-        return level
-    return max(level, _least_level(_predicted_s(state, observation, observation.max_num_batched_tokens), chunk_s))
+    return level if chunk_s == math.inf else max(level, _least_level(full_chunk_s, chunk_s))
 
 
 def _level_for_arrivals(state: GovernorState, observation: StepObservation, now_s: float) -> int:

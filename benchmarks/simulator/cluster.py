@@ -17,7 +17,7 @@ from benchmarks.simulator.replica import ReplicaLog, SimulatedReplica, profile_o
 from benchmarks.simulator.scenario import ScenarioFile
 from benchmarks.simulator.traffic import Request, Traffic
 from cluster.router.arrivals import ArrivalRate
-from cluster.router.policy import ARRIVALS_S, Demand, ReplicaLoad, rank
+from cluster.router.policy import ARRIVALS_S, Demand, Picked, ReplicaLoad, rank
 from controller.config import ControllerConfig
 from controller.model_control import ModelControl, Policy
 from controller.reports import Hello
@@ -78,7 +78,7 @@ class SimulatedCluster:
             for replica_id in self._by_id
         }
         self._loads: dict[str, ReplicaLoad] = {}
-        self._picked: Counter[str] = Counter()
+        self._picked: dict[str, Picked] = {}
         self._num_received: Counter[str] = Counter()
         self._arrivals = {replica_id: ArrivalRate(ARRIVALS_S) for replica_id in self._by_id}
         self._settings: list[tuple[float, Setting]] = []
@@ -133,7 +133,8 @@ class SimulatedCluster:
             demand = Demand(request.num_prompt, request.full)
             order = rank(ids, self._loads, self._picked, self._draw, demand) or ids
         self._num_routed += 1
-        self._picked[order[0]] += 1
+        before = self._picked.get(order[0], Picked())
+        self._picked[order[0]] = Picked(before.num_requests + 1, before.prompt_tokens + request.num_prompt)
         self._num_received[order[0]] += 1
         self._by_id[order[0]].submit(f"q{self._num_routed}", request)
 
@@ -142,7 +143,7 @@ class SimulatedCluster:
 
     def _num_held(self, replica_id: str) -> int:
         load = self._loads.get(replica_id)
-        return self._picked[replica_id] + (load.held if load else 0)
+        return self._picked.get(replica_id, Picked()).num_requests + (load.held if load else 0)
 
     def _publish(self, replica: SimulatedReplica) -> None:
         now_s, replica_id = self._events.now_s, replica.replica_id
@@ -155,7 +156,7 @@ class SimulatedCluster:
             max_num_batched_tokens=self._scenario.engine.max_num_batched_tokens,
             arrivals_per_s=self._arrivals[replica_id].update(self._num_received[replica_id], now_s),
         )
-        self._picked[replica_id] = 0
+        self._picked.pop(replica_id, None)
 
     def _report(self, replica: SimulatedReplica) -> None:
         message = window_to_proto(replica.take_window())

@@ -15,7 +15,8 @@ predicts what the governor will do with one request more: the level it takes to 
 | else                                                  | least predicted TTFT, then fewest requests held    |
 | all equal                                             | drawn at random                                    |
 
-Requests on their way to a replica (picks) count as held.
+Requests on their way to a replica (picks) count as held, and their prompts as queued: prompts differ a hundredfold, and
+while a burst of them arrives, most are on their way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.brownout import Brownout
+from engine.governor import prompt_margin
 from engine.step_time import StepTimeModel
 from engine.types import EngineStats, PhaseSetting
 
@@ -109,6 +111,14 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
+class Picked:
+    """What was sent to a replica that its published load cannot show yet."""
+
+    num_requests: int = 0
+    prompt_tokens: int = 0  # those that it must compute
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What accepting the request will mean."""
 
@@ -119,37 +129,36 @@ class Prediction:
 def rank(
     replica_ids: Sequence[str],
     loads: Mapping[str, ReplicaLoad],
-    num_picked: Mapping[str, int],
+    picked: Mapping[str, Picked],
     draw: Callable[[], float],
     demand: Demand = Demand(),
 ) -> list[str] | None:
-    """Replicas in the order in which to try them, or None for "no opinion".
-
-    ``num_picked``: requests sent to a replica that its published load cannot show yet. ``draw`` breaks ties.
-    """
+    """Replicas in the order in which to try them, or None for "no opinion". ``draw`` breaks ties."""
     known = [replica_id for replica_id in replica_ids if replica_id in loads]
     if not known:
         return None
-    held = {replica_id: loads[replica_id].held + num_picked.get(replica_id, 0) for replica_id in known}
+    on_way = {replica_id: picked.get(replica_id, Picked()) for replica_id in known}
+    held = {replica_id: loads[replica_id].held + on_way[replica_id].num_requests for replica_id in known}
     bound = AFFINITY_BOUND * sum(held.values()) / len(held) + AFFINITY_SLACK
     keyed = []
     for replica_id in known:
-        load, picked = loads[replica_id], num_picked.get(replica_id, 0)
+        load = loads[replica_id]
         affinity = _affinity(replica_id, demand) if held[replica_id] <= bound else 0.0
         has_room = load.kv_used_frac < FULL_KV_FRAC
-        keyed.append((has_room, score(load, picked, demand, affinity), draw(), replica_id))
+        keyed.append((has_room, score(load, on_way[replica_id], demand, affinity), draw(), replica_id))
     unknown = [replica_id for replica_id in replica_ids if replica_id not in loads]
     return [replica_id for *_, replica_id in sorted(keyed, reverse=True)] + unknown
 
 
-def score(load: ReplicaLoad, num_picked: int, demand: Demand = Demand(), affinity: float = 0.0) -> float:
+def score(load: ReplicaLoad, picked: Picked, demand: Demand = Demand(), affinity: float = 0.0) -> float:
     """1 for an idle replica, towards 0 with level, TTFT and load; strictly falling in requests held.
 
     Levels are kept apart: a replica at a lower level always scores more. ``affinity`` is in [0, 1].
     """
-    prediction = predict(load, num_picked, demand.num_prompt_tokens * (1 - affinity))
+    prompt_tokens = picked.prompt_tokens + demand.num_prompt_tokens * (1 - affinity)
+    prediction = predict(load, picked.num_requests, prompt_tokens)
     level = max(prediction.level, load.level) if demand.exact else prediction.level
-    held = load.held + num_picked
+    held = load.held + picked.num_requests
     cost = (
         WEIGHT_TTFT * prediction.ttft_s / (prediction.ttft_s + 1)
         + WEIGHT_AFFINITY * (1 - affinity)
@@ -163,27 +172,37 @@ def predict(load: ReplicaLoad, num_picked: int, num_prompt_tokens: float = 0) ->
     which a full batch finishes requests as fast as they arrive.
 
     Without the last, a dimmed replica would seem idle because it is quick, and be sent what keeps it dimmed.
+    ``num_prompt_tokens``: its own, and those of the picks. Steps full of them take longer than those of decoding rows.
     """
     held = load.held + num_picked + 1
     rows = min(held, load.max_num_seqs)
     prefill_steps = (load.queued_prefill_tokens + num_prompt_tokens) / load.max_num_batched_tokens
     # Places become free one by one: max_num_seqs / mean output length of them in each step (Little's law).
     steps_to_place = (held - rows) * load.mean_output_tokens / load.max_num_seqs
-    steps = 1 + max(prefill_steps, steps_to_place)
     model = load.step_time
     if model is None:
-        return Prediction(0, steps * UNKNOWN_STEP_S)
+        return Prediction(0, (1 + max(prefill_steps, steps_to_place)) * UNKNOWN_STEP_S)
+
+    chunk_s = [model.predict_s(level, load.max_num_batched_tokens) for level in range(model.num_levels)]
+    is_queue_of_prompts = held < load.max_num_seqs and (num_picked > 0 or load.queued_prefill_tokens > 0)
+    most = prompt_margin(chunk_s) if is_queue_of_prompts else 1.0
+    prompts_s = min(most, load.prefill.margin) * load.prefill.budget_s
+
+    def ttft_s(level: int, step_s: float) -> float:
+        return step_s + max(prefill_steps * chunk_s[level], steps_to_place * step_s)
+
     floor = min(max(load.prefill.floor, load.decode.floor), model.num_levels - 1)
     ceiling = min(max(load.prefill.ceiling, load.decode.ceiling), model.num_levels - 1)
     places_per_s = (load.arrivals_per_s + (num_picked + 1) / ARRIVALS_S) * load.mean_output_tokens
     for level in range(floor, ceiling + 1):
         step_s = model.predict_s(level, rows)
         keeps_tpot = step_s <= load.decode.margin * load.decode.budget_s
-        keeps_ttft = steps * step_s <= load.prefill.margin * load.prefill.budget_s
+        keeps_ttft = ttft_s(level, step_s) <= load.prefill.margin * load.prefill.budget_s
+        keeps_ttft = keeps_ttft and (prefill_steps <= 1 or prefill_steps * chunk_s[level] <= prompts_s)
         keeps_up = places_per_s * model.predict_s(level, load.max_num_seqs) <= load.max_num_seqs
         if keeps_tpot and keeps_ttft and keeps_up:
-            return Prediction(level, steps * step_s)
-    return Prediction(ceiling, steps * model.predict_s(ceiling, rows))
+            return Prediction(level, ttft_s(level, step_s))
+    return Prediction(ceiling, ttft_s(ceiling, model.predict_s(ceiling, rows)))
 
 
 def _affinity(replica_id: str, demand: Demand) -> float:

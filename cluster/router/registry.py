@@ -19,7 +19,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from cluster.router.loads import connect, decode, end, load_key, picks_key
-from cluster.router.policy import ReplicaLoad
+from cluster.router.policy import Picked, ReplicaLoad
 
 EXCHANGE_PERIOD_S = 0.05
 MIN_GAP_S = 0.002  # between two exchanges, however many picks there are
@@ -27,6 +27,7 @@ STALE_S = 0.5
 OPEN_AFTER_FAILURES = 3  # then the breaker opens: fewer tries while Redis is away
 MAX_BACKOFF_S = 1.0
 PICK_VISIBLE_AFTER = 2  # publications: the first may have been taken before the request arrived
+REQUESTS, PROMPT_TOKENS = "requests", "prompt_tokens"  # what is counted of picks
 PICKS_TTL_S = 2.0  # of all counts, renewed with each; a replica publishes twice in a tenth of that
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ class LoadRegistry:
         self._replica_ids: tuple[str, ...] = ()
         self._loads: dict[str, ReplicaLoad] = {}
         self._exchanged_s = float("-inf")
-        # (replica_id, sequence of its load when the pick was made) |-> number of picks
-        self._untold: Counter[tuple[str, int]] = Counter()
-        self._told: Counter[tuple[str, int]] = Counter()  # by every process, as of the last exchange
+        # (replica_id, sequence of its load when the pick was made, what is counted) |-> count
+        self._untold: Counter[tuple[str, int, str]] = Counter()
+        self._told: Counter[tuple[str, int, str]] = Counter()  # by every process, as of the last exchange
         self._has_untold = asyncio.Event()
         self._has_tried = asyncio.Event()  # whatever came of it
         self._num_failures = 0
@@ -68,20 +69,25 @@ class LoadRegistry:
         """Loads within their lease, as of the last exchange; empty when that is too long ago."""
         return self._loads if time.monotonic() - self._exchanged_s <= STALE_S else {}
 
-    def num_picked(self) -> Mapping[str, int]:
+    def picked(self) -> Mapping[str, Picked]:
         """Picks of all processes that the published loads cannot show yet."""
-        picked: Counter[str] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for picks, weight in ((self._told, 1), (self._untold, self._num_routers)):
-            for (replica_id, sequence), count in picks.items():
+            for (replica_id, sequence, what), count in picks.items():
                 if self._is_unseen(replica_id, sequence):
-                    picked[replica_id] += weight * count
-        return picked
+                    counts[replica_id, what] += weight * count
+        names = {replica_id for replica_id, _ in counts}
+        return {name: Picked(counts[name, REQUESTS], counts[name, PROMPT_TOKENS]) for name in names}
 
-    def count_pick(self, replica_id: str) -> None:
-        """Count a request sent just now; without it, simultaneous requests would all go to one replica."""
+    def count_pick(self, replica_id: str, prompt_tokens: int = 0) -> None:
+        """Count a request sent just now; without it, simultaneous requests would all go to one replica.
+
+        ``prompt_tokens``: those that the replica must compute.
+        """
         load = self._loads.get(replica_id)
         if load is not None:
-            self._untold[replica_id, load.sequence] += 1
+            self._untold[replica_id, load.sequence, REQUESTS] += 1
+            self._untold[replica_id, load.sequence, PROMPT_TOKENS] += prompt_tokens
             self._has_untold.set()
 
     async def close(self) -> None:
@@ -97,9 +103,9 @@ class LoadRegistry:
             return
         telling = Counter(self._untold)
         async with self._client.pipeline(transaction=True) as pipeline:
-            for (replica_id, sequence), count in telling.items():
-                pipeline.hincrby(self._picks_key, f"{replica_id}|{sequence}", count)
-            if seen := [f"{name}|{sequence}" for name, sequence in self._told if not self._is_unseen(name, sequence)]:
+            for pick, count in telling.items():
+                pipeline.hincrby(self._picks_key, _field(pick), count)
+            if seen := [_field(pick) for pick in self._told if not self._is_unseen(*pick[:2])]:
                 pipeline.hdel(self._picks_key, *seen)
             pipeline.pexpire(self._picks_key, int(PICKS_TTL_S * 1000))
             pipeline.hgetall(self._picks_key)
@@ -152,7 +158,12 @@ class LoadRegistry:
             logger.warning("loads cannot be read from redis (%s); requests are routed by the own count", error)
 
 
-def _parse_pick(field: bytes) -> tuple[str, int]:
+def _field(pick: tuple[str, int, str]) -> str:
+    """Of the hash of picks."""
+    return "|".join(map(str, pick))
+
+
+def _parse_pick(field: bytes) -> tuple[str, int, str]:
     """Raises ValueError when it is no field of ours."""
-    replica_id, _, sequence = field.decode().rpartition("|")
-    return replica_id, int(sequence)
+    replica_id, sequence, what = field.decode().rsplit("|", 2)
+    return replica_id, int(sequence), what

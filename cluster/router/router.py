@@ -47,12 +47,13 @@ class Router:
             cached_tokens=self._prefixes.match(request.prompt_ids, request.cache_salt),
             home=home_of(request.session_id, num_held) if request.session_id else None,
         )
-        order = rank(tuple(num_held), self._registry.loads(), self._registry.num_picked(), random.random, demand)
+        order = rank(tuple(num_held), self._registry.loads(), self._registry.picked(), random.random, demand)
         if order is None:
             picked = min(num_held, key=lambda replica_id: (num_held[replica_id], random.random()))
         else:
             picked = order[0]
-            self._registry.count_pick(picked)
+            cached = demand.cached_tokens.get(picked, 0)
+            self._registry.count_pick(picked, max(demand.num_prompt_tokens - cached, 0))
         self._prefixes.insert(request.prompt_ids, picked, request.cache_salt)
         if logger.isEnabledFor(logging.INFO):
             choice = {"replica_id": picked, "by": "own count" if order is None else "load", "of": len(num_held)}

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from cluster.redis_server import RedisServer
 from cluster.router.loads import PUBLISH_PERIOD_S, LoadPublisher
-from cluster.router.policy import ReplicaLoad, rank
+from cluster.router.policy import Picked, ReplicaLoad, rank
 from cluster.router.registry import STALE_S, LoadRegistry
 from engine.step_time import StepTimeModel
 from engine.types import EngineDeadError, PhaseSetting
@@ -71,7 +71,7 @@ async def registry(redis: RedisServer, replicas: dict[str, Replica]) -> AsyncIte
 
 
 def best(registry: LoadRegistry) -> str | None:
-    order = rank(["a", "b"], registry.loads(), registry.num_picked(), random.Random(0).random)
+    order = rank(["a", "b"], registry.loads(), registry.picked(), random.Random(0).random)
     return order[0] if order else None
 
 
@@ -89,8 +89,8 @@ async def test_own_picks_count_until_the_published_load_shows_them(registry: Loa
     await until_async(lambda: best(registry))
     for _ in range(10):
         registry.count_pick(best(registry))
-    assert registry.num_picked() == {"a": 5, "b": 5}
-    await until_async(lambda: not registry.num_picked())
+    assert registry.picked() == {"a": Picked(5), "b": Picked(5)}
+    await until_async(lambda: not registry.picked())
 
 
 async def test_picks_of_other_processes_count_too(
@@ -102,11 +102,11 @@ async def test_picks_of_other_processes_count_too(
     for each in (registry, other):
         await until_async(lambda each=each: "a" in each.loads() and sequence_of_a(each) == replicas["a"].sequence)
     for _ in range(3):
-        registry.count_pick("a")
-    await until_async(lambda: other.num_picked() == {"a": 3})
+        registry.count_pick("a", prompt_tokens=100)
+    await until_async(lambda: other.picked() == {"a": Picked(3, prompt_tokens=300)})
     await until_async(lambda: best(other) == "b")
     replicas["a"].frozen = False
-    await until_async(lambda: not other.num_picked())
+    await until_async(lambda: not other.picked())
     await other.close()
 
 
@@ -116,7 +116,7 @@ def sequence_of_a(registry: LoadRegistry) -> int:
 
 async def test_nothing_stays_in_redis(redis: RedisServer, replicas: dict[str, Replica], registry: LoadRegistry) -> None:
     registry.count_pick("a")
-    await until_async(lambda: not registry.num_picked())
+    await until_async(lambda: not registry.picked())
     await registry.close()
     for replica in replicas.values():
         await replica.publisher.stop()

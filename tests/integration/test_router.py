@@ -170,7 +170,7 @@ async def test_a_flushed_redis_is_filled_again(
         await asyncio.sleep(0.01)
     await client.aclose()
     await until_async(lambda: len(ingress.registry.loads()) == 3)
-    await until_async(lambda: not ingress.registry.num_picked())  # counts of before do not come back
+    await until_async(lambda: not ingress.registry.picked())  # counts of before do not come back
 
 
 async def test_without_redis_or_with_nonsense_in_it_the_own_load_decides(redis: RedisServer) -> None:

@@ -99,6 +99,21 @@ def test_truth_table(level_before: int, order: BrownoutSetting, observation: Ste
     assert levels == Levels(expected, expected)
 
 
+@pytest.mark.parametrize(
+    ("num_prompts", "num_chunks", "num_free_slots", "expected"),
+    [(2, 8, 5, 0), (2, 10, 5, TOP), (9, 20, 5, TOP), (1, 10, 5, 0), (2, 10, 0, 0)],
+)
+def test_prompts_that_dimming_hardly_speeds_up_are_dimmed_for_early(
+    num_prompts: int, num_chunks: int, num_free_slots: int, expected: int
+) -> None:
+    """A step of 128 tokens takes 100 ms, 90 at the deepest level: of the promise, 10 s, prompts may take 0.89 s."""
+    times_s = tuple((0.01, 0.05 - 0.01 * level, 0.1 - 0.0025 * level) for level in range(TOP + 1))
+    state = GovernorState.initial(StepTimeModel((1, 32, 128), times_s))
+    waiting = [Waiting(0, 0.0, 96 * num_chunks * n // num_prompts) for n in range(1, num_prompts + 1)]
+    seen = full_step(*waiting, num_free_slots=num_free_slots)
+    assert choose_levels(state, setting(ttft_s=10.0), seen, 0.0)[1] == Levels(expected, expected)
+
+
 def test_each_phase_keeps_to_its_own_range() -> None:
     order = BrownoutSetting(prefill=PhaseSetting(0, TOP, 0.001), decode=PhaseSetting(0, 0, ANY_S))
     state, levels = choose_levels(at_level(0), order, full_step(Waiting(0, 0.0, 24)), 0.0)

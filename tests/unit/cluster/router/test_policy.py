@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.router.policy import Demand, Prediction, ReplicaLoad, predict, rank, score
+from cluster.router.policy import Demand, Picked, Prediction, ReplicaLoad, predict, rank, score
 from engine.step_time import StepTimeModel
 from engine.types import PhaseSetting
 
-# At level 0 a step takes 10 ms and 10 ms more per row, at level 1 half of that, at level 2 a quarter.
-STEP_TIME = StepTimeModel((1, 9), ((0.02, 0.10), (0.01, 0.05), (0.005, 0.025)))
+# At level 0 a step takes 10 ms and 10 ms more per row, at level 1 half of that, at level 2 a quarter; full of prompt
+# tokens it takes 200, 100 and 50 ms.
+STEP_TIME = StepTimeModel((1, 9, 256), ((0.02, 0.10, 0.2), (0.01, 0.05, 0.1), (0.005, 0.025, 0.05)))
 TPOT = PhaseSetting(0, 2, budget_s=0.06, margin=1.0)  # 5 rows at level 0, 11 at level 1
 TTFT = PhaseSetting(0, 2, budget_s=1.0, margin=1.0)
 
@@ -49,23 +50,25 @@ PROMPT = Demand(num_prompt_tokens=128)
 CACHED_ON_A = replace(PROMPT, cached_tokens={"a": 128})
 AT_HOME_ON_A = replace(PROMPT, home="a")
 EXACT = Demand(exact=True)
+LONG_ON_A = {"a": Picked(1, prompt_tokens=2048), "b": Picked(1, prompt_tokens=16)}
 
 TABLE = [
     ("none with a live load", {}, {}, PROMPT, None),
     ("one without a live load goes last", {"b": load(running=8, waiting=9)}, {}, PROMPT, ["b", "a"]),
     ("nearly out of KV blocks goes last", {"a": load(kv=0.97), "b": load(running=7)}, {}, PROMPT, ["b", "a"]),
-    ("least level first, TPOT", {"a": load(running=5), "b": load(running=3, prefill=512)}, {}, PROMPT, ["b", "a"]),
+    ("least level first, TPOT", {"a": load(running=5), "b": load(running=3, prefill=256)}, {}, PROMPT, ["b", "a"]),
     ("least level first, TTFT", {"a": load(1, prefill=20_000), "b": load(running=3)}, {}, PROMPT, ["b", "a"]),
     ("least level first, slower machine", {"a": slow(load(running=3)), "b": load(4)}, {}, PROMPT, ["b", "a"]),
     ("least level first, arrivals", {"a": busy(load(running=2)), "b": load(running=4)}, {}, PROMPT, ["b", "a"]),
-    ("own picks count as held", {"a": load(running=2), "b": load(running=4)}, {"a": 3}, PROMPT, ["b", "a"]),
+    ("own picks count as held", {"a": load(running=2), "b": load(running=4)}, {"a": Picked(3)}, PROMPT, ["b", "a"]),
     ("level before affinity", {"a": load(running=5), "b": load(running=4)}, {}, CACHED_ON_A, ["b", "a"]),
     ("exact: undimmed first", {"a": load(level=1), "b": load(running=3)}, {}, EXACT, ["b", "a"]),
     ("not exact: the level now is no matter", {"a": load(level=1), "b": load(running=3)}, {}, PROMPT, ["a", "b"]),
     ("cached beginning", {"a": load(running=2), "b": load(running=1)}, {}, CACHED_ON_A, ["a", "b"]),
     ("the session's home", {"a": load(running=2), "b": load(running=1)}, {}, AT_HOME_ON_A, ["a", "b"]),
-    ("no affinity far above the mean", {"a": load(running=4), "b": load()}, {"a": 1}, CACHED_ON_A, ["b", "a"]),
+    ("no affinity far above the mean", {"a": load(running=4), "b": load()}, {"a": Picked(1)}, CACHED_ON_A, ["b", "a"]),
     ("least TTFT", {"a": load(2, prefill=2048), "b": load(2, prefill=16)}, {}, PROMPT, ["b", "a"]),
+    ("picks' prompts count as queued", {"a": load(2), "b": load(2)}, LONG_ON_A, PROMPT, ["b", "a"]),
     ("waiting counts as held", {"a": load(waiting=2), "b": load(running=1)}, {}, PROMPT, ["b", "a"]),
     ("the same machine, faster", {"a": slow(load()), "b": load()}, {}, PROMPT, ["b", "a"]),
 ]
@@ -75,7 +78,7 @@ TABLE = [
     ("loads", "picked", "demand", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
 def test_truth_table(
-    loads: dict[str, ReplicaLoad], picked: dict[str, int], demand: Demand, expected: list[str] | None
+    loads: dict[str, ReplicaLoad], picked: dict[str, Picked], demand: Demand, expected: list[str] | None
 ) -> None:
     assert rank(["a", "b"], loads, picked, lambda: 0.5, demand) == expected
 
@@ -83,7 +86,7 @@ def test_truth_table(
 def test_the_prediction_is_the_governors() -> None:
     assert predict(load(running=4), 0) == Prediction(0, pytest.approx(0.06))
     assert predict(load(running=5), 0) == Prediction(1, pytest.approx(0.035))
-    assert predict(load(running=4), 0, num_prompt_tokens=512).ttft_s == pytest.approx(3 * 0.06)
+    assert predict(load(running=4), 0, num_prompt_tokens=512) == Prediction(0, pytest.approx(2 * 0.2 + 0.06))
     # Five over the places: two steps each until one becomes free.
     assert predict(load(running=8, waiting=4), 0) == Prediction(1, pytest.approx(0.045 * 11))
     assert predict(replace(load(running=7), decode=replace(TPOT, floor=2), prefill=TTFT), 0).level == 2
@@ -96,7 +99,7 @@ def test_the_prediction_is_the_governors() -> None:
 def test_without_a_profile_fewest_held_first() -> None:
     plain = {name: replace(load(running=n), step_time=None) for name, n in (("a", 3), ("b", 2))}
     assert rank(["a", "b"], plain, {}, lambda: 0.5) == ["b", "a"]
-    assert rank(["a", "b"], plain, {"b": 2}, lambda: 0.5) == ["a", "b"]
+    assert rank(["a", "b"], plain, {"b": Picked(2)}, lambda: 0.5) == ["a", "b"]
 
 
 def test_equal_replicas_are_drawn_at_random() -> None:
@@ -106,11 +109,11 @@ def test_equal_replicas_are_drawn_at_random() -> None:
 
 
 def test_simultaneous_requests_spread_evenly_over_stale_loads() -> None:
-    picked = dict.fromkeys("abc", 0)
+    picked = dict.fromkeys("abc", Picked())
     for _ in range(30):
         first = rank(list("abc"), dict.fromkeys("abc", load(running=3)), picked, random.Random(0).random)[0]
-        picked[first] += 1
-    assert picked == {"a": 10, "b": 10, "c": 10}
+        picked[first] = Picked(picked[first].num_requests + 1)
+    assert picked == dict.fromkeys("abc", Picked(10))
 
 
 loads_strategy = st.builds(
@@ -124,18 +127,18 @@ loads_strategy = st.builds(
 demands = st.builds(Demand, num_prompt_tokens=st.integers(0, 10**5), exact=st.booleans())
 
 
-@given(loads_strategy, st.integers(0, 1000), demands, st.floats(0, 1))
+@given(loads_strategy, st.integers(0, 1000), st.integers(0, 10**5), demands, st.floats(0, 1))
 def test_score_is_bounded_and_falls_with_every_pick(
-    some: ReplicaLoad, num_picked: int, demand: Demand, affinity: float
+    some: ReplicaLoad, num_picked: int, prompt_tokens: int, demand: Demand, affinity: float
 ) -> None:
-    more, fewer = (score(some, n, demand, affinity) for n in (num_picked + 1, num_picked))
+    more, fewer = (score(some, Picked(n, prompt_tokens), demand, affinity) for n in (num_picked + 1, num_picked))
     assert 0 <= more < fewer <= 1
 
 
 @given(loads_strategy, loads_strategy, st.floats(0, 1), st.floats(0, 1))
 def test_a_lower_level_always_scores_more(a: ReplicaLoad, b: ReplicaLoad, x: float, y: float) -> None:
     if predict(a, 0).level < predict(b, 0).level:
-        assert score(a, 0, affinity=x) > score(b, 0, affinity=y)
+        assert score(a, Picked(), affinity=x) > score(b, Picked(), affinity=y)
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), loads_strategy), st.integers(0, 2**32))
