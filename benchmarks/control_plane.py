@@ -23,7 +23,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.results import RESULTS, markdown_table, write_result
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from engine.agent import TelemetryAgent
 from engine.config import SloConfig
 from engine.telemetry import ExpertLoad, StepRecord, StepWindow, TelemetryRecorder

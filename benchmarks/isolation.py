@@ -43,8 +43,8 @@ from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import Arrival, endless, synthesize
 from cluster.admission.key_store import FileKeyStore
 from cluster.admission.keys import new_key
-from cluster.local import LocalCluster
-from cluster.processes import free_ports
+from cluster.local.cluster import LocalCluster
+from cluster.local.processes import free_ports
 from cluster.serve_file import ServeFile
 
 ALLOWED_RATIO = 1.10

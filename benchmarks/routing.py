@@ -27,7 +27,7 @@ from redis import Redis
 
 from benchmarks.report import nearest_rank
 from benchmarks.results import RESULTS, markdown_table, update_result
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from cluster.router.loads import LoadPublisher, connect
 from cluster.router.policy import Picked, ReplicaLoad
 from cluster.router.registry import LoadRegistry

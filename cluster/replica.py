@@ -19,8 +19,8 @@ from ray.util import get_node_ip_address
 
 from cluster.config import ClusterConfig
 from cluster.controller_host import ControllerLocator
+from cluster.local.processes import process_age_s
 from cluster.logs import configure as configure_logging
-from cluster.processes import process_age_s
 from cluster.reports import ReplicaReport, SwapReport
 from cluster.router.arrivals import ArrivalRate
 from cluster.router.loads import LoadPublisher, router_group

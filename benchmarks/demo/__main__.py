@@ -29,7 +29,7 @@ from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
 from benchmarks.scenario import REPOSITORY, Scenario, ScenarioError, load_scenario
 from benchmarks.workloads.workload import Workload
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile, load_serve_file
 from engine.config import ConfigError
 

@@ -34,8 +34,8 @@ from benchmarks.scenario import Scenario, load_scenario
 from benchmarks.serving.direct import running
 from benchmarks.serving.measure import Plan, measure
 from benchmarks.tiny import tiny_serve_file
-from cluster.local import LocalCluster
-from cluster.processes import free_ports
+from cluster.local.cluster import LocalCluster
+from cluster.local.processes import free_ports
 from cluster.serve_file import IMPORT_PATH, ServeFile, load_serve_file, parse_serve_document
 from engine.models.spec import read_config
 

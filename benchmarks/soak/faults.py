@@ -8,7 +8,7 @@ import random
 import signal
 import time
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 
 NUM_REPLICAS = 2
 REDIS_RESTARTS = (1 / 3, 2 / 3)  # of the run

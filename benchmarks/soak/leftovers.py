@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from benchmarks.soak.faults import NUM_REPLICAS
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 
 SETTLE_TIMEOUT_S = 90.0
 MEMORY_GROWTH_BYTES = 48 * 2**20  # over the second half of the run, by the medians of its quarters; allocators breathe

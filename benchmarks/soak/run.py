@@ -28,8 +28,8 @@ from benchmarks.soak.leftovers import (
 from benchmarks.soak.requests import HUNG_S, OUTPUT_TOKENS, PROMPT_TOKENS, VOCAB_SIZE, Endings, SoakClient
 from benchmarks.tiny import MODEL, tiny_serve_file
 from benchmarks.workloads.workload import endless
-from cluster.local import LocalCluster
-from cluster.processes import free_ports
+from cluster.local.cluster import LocalCluster
+from cluster.local.processes import free_ports
 
 NUM_STREAMS = 64
 LOAD = 0.8  # of the capacity measured at the start

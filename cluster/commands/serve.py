@@ -27,7 +27,7 @@ def serve(config: Path, port: int | None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     with one_sentence():
-        from cluster.local import LocalCluster  # Ray takes a second to import
+        from cluster.local.cluster import LocalCluster  # Ray takes a second to import
 
         with console.status("starting Ray, Redis, the controller, the ingress and the replicas"):
             cluster = LocalCluster.start(config, port)

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.local import LocalCluster
-from cluster.processes import free_ports
+from cluster.local.cluster import LocalCluster
+from cluster.local.processes import free_ports
 from cluster.serve_file import ServeFile, parse_serve_document
 from tests.models import write_config
 

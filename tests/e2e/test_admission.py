@@ -13,7 +13,7 @@ import pytest
 
 from cluster.admission.key_store import FileKeyStore
 from cluster.admission.keys import new_key
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import ADMIN_TOKEN, MODEL, Metrics
 from tests.waiting import until

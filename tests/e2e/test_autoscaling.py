@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import MODEL
 from tests.waiting import until

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from cluster.local import LocalCluster
-from cluster.processes import MARK, marked_pids
+from cluster.local.cluster import LocalCluster
+from cluster.local.processes import MARK, marked_pids
 from tests.e2e.conftest import MODEL
 from tests.models import PROJECT_ROOT, write_config
 from tests.united import change_manifest, write_united

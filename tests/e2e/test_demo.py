@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.scenario import REPOSITORY
-from cluster.processes import free_ports
+from cluster.local.processes import free_ports
 
 pytestmark = pytest.mark.cluster
 

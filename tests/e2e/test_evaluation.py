@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.quality.questions import make_request
 from benchmarks.quality.scorers import EngineScorer, ServerScorer
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from engine.config import CacheConfig, EngineConfig, ModelConfig
 from engine.engine import Engine
 from tests.e2e.conftest import MODEL

@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.reports import ReplicaReport
 from tests.e2e.conftest import MODEL, Metrics, running_replicas
 from tests.waiting import until, until_async

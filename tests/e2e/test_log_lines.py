@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from tests.e2e.conftest import MODEL
 from tests.waiting import until
 

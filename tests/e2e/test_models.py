@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.serve_file import parse_serve_document
 from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
 from tests.models import write_config

@@ -11,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
 from tests.e2e.test_faults import nothing_is_held
 from tests.waiting import until

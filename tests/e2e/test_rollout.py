@@ -11,7 +11,7 @@ from contextlib import suppress
 import openai
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import Metrics, running_replicas
 from tests.e2e.test_faults import Answer, Traffic, is_replaced, nothing_is_held, read_stream, replica_reports

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from tests.e2e.conftest import HEADER_TIMEOUT_S, MAX_CLIENT_CONNECTIONS, MODEL, Metrics
 from tests.waiting import until
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import openai
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.cluster import LocalCluster
 from tests.e2e import wedging_app
 from tests.e2e.conftest import Metrics
 from tests.e2e.test_faults import Answer, Traffic, is_replaced, nothing_is_held, read_stream, replica_reports

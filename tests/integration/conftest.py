@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from tests.integration.control_harness import Cluster
 
 

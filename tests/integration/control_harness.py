@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from controller.config import ControllerConfig
 from controller.service import ControllerService
 from engine.agent import TelemetryAgent

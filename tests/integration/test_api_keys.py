@@ -25,7 +25,7 @@ from cluster.ingress.auth import Authenticator
 from cluster.ingress.config import IngressSection
 from cluster.ingress.routes import create_api
 from cluster.ingress.service import OpenAIService, ServedModel
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from engine.async_engine import AsyncEngine
 from engine.types import ServiceClass
 from tests.integration.in_process_backend import InProcessBackend

@@ -10,7 +10,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from cluster.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, marked_pids, spawn
+from cluster.local.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, marked_pids, spawn
 from tests.waiting import until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -63,7 +63,7 @@ def test_a_child_without_the_mark_is_ended_too(tmp_path: Path) -> None:
 def test_a_spawned_process_ends_with_its_parent(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     parent = (
-        "import os, sys, pathlib; from cluster.processes import spawn\n"
+        "import os, sys, pathlib; from cluster.local.processes import spawn\n"
         f"spawn({SLEEP!r}, dict(os.environ), pathlib.Path('.'), pathlib.Path({str(tmp_path / 'log')!r}))\n"
         "os.kill(os.getpid(), 9)"
     )

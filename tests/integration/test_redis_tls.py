@@ -23,7 +23,7 @@ from redis.crc import key_slot
 from cluster.admission.key_store import RedisKeyStore
 from cluster.admission.keys import new_key
 from cluster.autoscaling import APP, PlannedReplicas
-from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from cluster.local.redis_server import RedisServer, RedisUnavailableError, resolve_redis
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry

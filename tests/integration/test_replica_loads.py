@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from cluster.router.loads import PUBLISH_PERIOD_S, LoadPublisher
 from cluster.router.policy import Picked, ReplicaLoad, rank
 from cluster.router.registry import STALE_S, LoadRegistry

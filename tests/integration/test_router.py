@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from cluster.router.loads import TIMEOUT_S, LoadPublisher, load_key
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry

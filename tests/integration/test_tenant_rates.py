@@ -19,7 +19,7 @@ from cluster.admission.buckets import Grant, Levels, RateKind, Rates, full, refi
 from cluster.admission.promises import PromiseReader
 from cluster.admission.rates import TenantRates
 from cluster.admission.shared import LIMIT_S, Missed, SharedBuckets, rate_key
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from controller.arbiter import ArbiterObservation
 from controller.config import ControllerConfig
 from controller.ledger import DecisionLedger

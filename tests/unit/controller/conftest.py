@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from cluster.redis_server import RedisServer
+from cluster.local.redis_server import RedisServer
 from controller.ledger import DecisionLedger
 from controller.model_control import Policy
 from controller.quality import QualityAccount

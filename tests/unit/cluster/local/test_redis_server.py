@@ -15,7 +15,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from cluster.local.redis_server import RedisServer, RedisUnavailableError, resolve_redis
 from tests.waiting import until
 
 
@@ -86,7 +86,7 @@ def test_a_port_that_is_taken_meanwhile_is_one_sentence(tmp_path: Path, no_redis
 def test_server_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
-        "from cluster.redis_server import RedisServer\n"
+        "from cluster.local.redis_server import RedisServer\n"
         "server = RedisServer(pathlib.Path(sys.argv[1]))\n"
         "server.start()\n"
         "print(server.pid, flush=True)\n"

@@ -23,11 +23,11 @@ from ray.serve.handle import DeploymentHandle
 from cluster.controller_client import ControllerClient
 from cluster.driver import connect
 from cluster.errors import ClusterError
+from cluster.local.processes import is_port_free
+from cluster.local.ray_head import HOST, RayHead
+from cluster.local.redis_server import RedisServer, RedisUnavailableError, resolve_redis
+from cluster.local.scratch import Scratch
 from cluster.names import engine_deployments, is_engine_deployment
-from cluster.processes import is_port_free
-from cluster.ray_head import HOST, RayHead
-from cluster.redis_server import RedisServer, RedisUnavailableError, resolve_redis
-from cluster.scratch import Scratch
 from cluster.serve_file import ServeFile, load_serve_file
 from engine.models.spec import read_config
 from engine.tokenizer import load_tokenizer

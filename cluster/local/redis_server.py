@@ -20,7 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.processes import free_ports
+from cluster.local.processes import free_ports
 
 PRIVATE_BINARIES = ("redis-server", "valkey-server")
 START_TIMEOUT_S = 30.0
