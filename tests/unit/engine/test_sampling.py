@@ -12,6 +12,7 @@ from engine.sampling import SamplingState, _truncate, choose, sample
 from engine.types import InvalidRequestError, SamplingParams
 
 VOCAB = 50
+DRAWN_AT_ONCE = 100
 
 
 def make_state(prompt_ids=(), stop_ids=(), vocab_size=VOCAB, fallback_seed=0, **params) -> SamplingState:
@@ -23,14 +24,18 @@ def random_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB) -> torc
 
 
 def draw(row: list[float], num_draws: int, seed: int = 5, **params) -> Counter:
-    state = make_state(vocab_size=len(row), seed=seed, **params)
-    logits = torch.tensor([row])
-    return Counter(sample(logits, [state]).token_ids[0] for _ in range(num_draws))
+    """By a batch of requests, step after step; ``num_draws`` is a multiple of DRAWN_AT_ONCE."""
+    states = [make_state(vocab_size=len(row), seed=seed + number, **params) for number in range(DRAWN_AT_ONCE)]
+    logits = torch.tensor([row]).repeat(DRAWN_AT_ONCE, 1)
+    steps = [sample(logits, states).token_ids for _ in range(num_draws // DRAWN_AT_ONCE)]
+    return Counter(token_id for step in steps for token_id in step)
 
 
 def softmax(row: list[float]) -> list[float]:
-    exps = [math.exp(x - max(row)) for x in row]
-    return [x / sum(exps) for x in exps]
+    largest = max(row)
+    exps = [math.exp(x - largest) for x in row]
+    total = sum(exps)
+    return [x / total for x in exps]
 
 
 def reference_adjusted(row: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
@@ -50,7 +55,8 @@ def reference_adjusted(row: list[float], params: SamplingParams, prompt: list[in
 def reference_support(row: list[float], params: SamplingParams) -> dict[int, float]:
     """token |-> probability after temperature, min_p, top_k and top_p, by the definition of each."""
     probs = dict(enumerate(softmax([x / params.temperature for x in row])))
-    probs = {t: p for t, p in probs.items() if p >= params.min_p * max(probs.values())}
+    least = params.min_p * max(probs.values())
+    probs = {t: p for t, p in probs.items() if p >= least}
     ranked = sorted(probs, key=lambda t: -probs[t])
     if params.top_k != -1:
         ranked = ranked[: params.top_k]
@@ -181,8 +187,8 @@ def test_a_large_vocabulary_is_truncated_as_if_all_of_it_were_ranked(spread, opt
     outside = [t for t in drawn if t not in expected]
     assert all(abs(math.exp((row[0, t] - row[0].max()).item()) - least) < 1e-3 for t in outside)
     assert len(outside) <= 4  # at the edge float32 sums may differ from Python's
-    likely = sorted(expected, key=expected.get)[-len(expected) // 2 :]
-    share, count = sum(expected[t] for t in likely), sum(t in set(likely) for t in drawn)
+    likely = set(sorted(expected, key=expected.get)[-len(expected) // 2 :])
+    share, count = sum(expected[t] for t in likely), sum(t in likely for t in drawn)
     assert abs(count - 400 * share) < 4 * math.sqrt(400 * share * (1 - share)) + 1
 
 
