@@ -18,7 +18,7 @@ from redis import Redis
 from benchmarks.soak.faults import NUM_REPLICAS
 from cluster.local.cluster import LocalCluster
 
-SETTLE_TIMEOUT_S = 90.0
+SETTLE_TIMEOUT_S = 180.0
 MEMORY_GROWTH_BYTES = 48 * 2**20  # over the second half of the run, by the medians of its quarters; allocators breathe
 EXTRA_FDS = 16  # connections that are kept open for a while
 

@@ -18,11 +18,10 @@ from benchmarks.tiny import MODEL
 from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import endless
 
-ABANDONED_FRAC = 0.10
-BAD_FRAC = 0.05
+KINDS = ("bad", *["abandoned"] * 2, *["read"] * 17)  # of every twenty requests, in an order that is drawn
 PROMPT_TOKENS = LengthRange(8, 96)
 OUTPUT_TOKENS = LengthRange(32, 160)
-HUNG_S = 60.0  # a request that has not ended by then never will
+HUNG_S = 180.0  # a request that has not ended by then never will
 VOCAB_SIZE = 4000
 BAD_BODIES: tuple[tuple[bytes, int], ...] = (
     (b"{not json", 400),
@@ -57,17 +56,19 @@ class SoakClient:
         self._endings = endings
         self._draw = draw
         self._requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, draw.randrange(2**31))
+        self._kinds: list[str] = []  # of the next requests
 
     async def send(self) -> None:
         endings = self._endings
         endings.num_sent += 1
-        kind = self._draw.random()
+        self._kinds = self._kinds or self._draw.sample(KINDS, len(KINDS))
+        kind = self._kinds.pop()
         try:
             async with asyncio.timeout(HUNG_S):
-                if kind < BAD_FRAC:
+                if kind == "bad":
                     await self._send_bad(*self._draw.choice(BAD_BODIES))
                 else:
-                    await self._stream(leaves=kind < BAD_FRAC + ABANDONED_FRAC)
+                    await self._stream(leaves=kind == "abandoned")
         except TimeoutError:
             endings.num_hung += 1
             endings.note("hung", f"no end within {HUNG_S:g} s")
