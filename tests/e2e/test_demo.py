@@ -27,11 +27,12 @@ def scenario(tmp_path) -> Path:
     serve["http_options"]["port"] = free_ports(1)[0]
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(serve))
     for phase in shipped["phases"]:
-        phase["duration_s"] = 2
+        phase["duration_s"] = 1
     short = {
         "serve_config": str(tmp_path / "serve.yaml"),
         "capacity": {"concurrency": 16, "ramp_s": 1, "measure_s": 3},
         "settle_s": 1,
+        "output_tokens": {"low": 4, "high": 8},  # on a slow machine too, some end while the capacity is measured
     }
     path = tmp_path / "scenario.yaml"
     path.write_text(yaml.safe_dump(shipped | short))

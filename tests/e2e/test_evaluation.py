@@ -59,6 +59,7 @@ def test_the_tool_pins_each_level_and_lets_go(
         --tokenizer {model} --data {tmp_path} --tasks copa --texts gutenberg --sequences 2 --tokens 96 --levels 0,1
         --settle-s 3 --max-model-len 512 --out {tmp_path / "evaluation.json"}"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_ADDRESS"] = cluster.gcs_address
     ran = subprocess.run(command.split(), env=environment, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     exact, dimmed = json.loads((tmp_path / "evaluation.json").read_text())["levels"]
