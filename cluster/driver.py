@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import ray
 from ray import serve
@@ -12,6 +13,8 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import ClusterError
 from cluster.names import engine_deployment_of, is_engine_deployment
+
+CONNECT_TIMEOUT_S = 5.0
 
 
 def find_cluster(address: str | None = None) -> str:
@@ -33,6 +36,8 @@ def connect(address: str) -> None:
     """Join the cluster quietly. Raises ClusterError when it does not answer."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as local clusters are started
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not _listens(address):  # Ray itself would go on trying for minutes
+        raise ClusterError(f"the Ray cluster at {address} does not answer")
     if address.startswith("127.0.0.1:"):
         # Else Ray would look for a loopback cluster under the machine's public address.
         ray_constants.ENABLE_RAY_CLUSTER = False
@@ -40,6 +45,18 @@ def connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ClusterError(f"the Ray cluster at {address} does not answer") from error
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody takes connections there; True for what is no host and port, such as "auto"."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 def engine_handles(app_name: str, model: str | None = None) -> list[DeploymentHandle]:

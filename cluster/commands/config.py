@@ -23,4 +23,5 @@ def config_check(file: Path) -> None:
 
         checked = load_serve_file(file)
     for config in checked.configs:
-        console.print(f"{file}: {config.model.served_name} on {config.replicas} replicas, law {config.controller.law}")
+        replicas = "1 replica" if config.replicas == 1 else f"{config.replicas} replicas"
+        console.print(f"{file}: {config.model.served_name} on {replicas}, law {config.controller.law}", soft_wrap=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -28,14 +30,18 @@ def serve(config: Path, port: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     with one_sentence():
         from cluster.local.cluster import LocalCluster  # Ray takes a second to import
+        from cluster.local.ray_head import DASHBOARD_PORT
 
         with console.status("starting Ray, Redis, the controller, the ingress and the replicas"):
             cluster = LocalCluster.start(config, port)
         with cluster:
             first = cluster.file.config
             wants_keys = first.admission is not None and first.admission.wants_keys
-            welcome = _welcome(cluster.url, cluster.dashboard_url, first.model.served_name, wants_keys)
-            console.print(welcome, soft_wrap=True)  # the command in it is there to be copied
+            models = [config.model.served_name for config in cluster.file.configs]
+            console.print(_welcome(cluster.url, models, wants_keys), soft_wrap=True)  # there to be copied from
+            console.print(f"logs in {cluster.logs_path}, dashboard at {cluster.dashboard_url}", soft_wrap=True)
+            if urlsplit(cluster.dashboard_url).port != DASHBOARD_PORT:
+                console.print(f"for Ray's own commands: export RAY_DASHBOARD_ADDRESS={cluster.dashboard_url}")
             try:
                 while True:
                     time.sleep(WATCH_PERIOD_S)
@@ -45,10 +51,11 @@ def serve(config: Path, port: int | None) -> None:
                 console.print("stopping")
 
 
-def _welcome(url: str, dashboard_url: str, model: str, wants_keys: bool) -> str:
+def _welcome(url: str, models: Sequence[str], wants_keys: bool) -> str:
     key = " -H 'authorization: Bearer KEY'" if wants_keys else ""
+    verb = "is" if len(models) == 1 else "are"
     return (
-        f"[bold]{model}[/bold] is served at [bold]{url}[/bold] (dashboard {dashboard_url}); Ctrl-C ends it\n"
+        f"[bold]{', '.join(models)}[/bold] {verb} served at [bold]{url}[/bold]; Ctrl-C ends it\n"
         f"""  curl {url}/v1/completions -H 'content-type: application/json'{key} \\\n"""
-        f"""    -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'"""
+        f"""    -d '{{"model": "{models[0]}", "prompt": "Hello", "max_tokens": 16}}'"""
     )

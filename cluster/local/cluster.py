@@ -98,6 +98,11 @@ class LocalCluster:
         return self._head.dashboard_url
 
     @property
+    def logs_path(self) -> Path:
+        """Where Ray keeps the log files of all processes, ours in worker-*.err, until the cluster ends."""
+        return self._scratch.path / "session_latest" / "logs"
+
+    @property
     def file(self) -> ServeFile:
         return self._file
 
