@@ -4,14 +4,13 @@ Feed-forward: it does not wait for a percentile to go bad. Each step it keeps, f
 m[level] of the step time predicted for the recent batch shapes, and takes the least level at which
 
     m[level] <= margin * TPOT budget                                           (each running request keeps its pace)
-    waited(k) + chunks(k) * c[level] <= prompts' margin * TTFT budget, sampled k  (each prompt is computed in time)
+    waited(k) + chunks(k) * c[level] <= margin * TTFT budget  for sampled k    (each prompt is computed in time)
     waited(k) + places(k) * m[level] <= margin * TTFT budget  for sampled k    (each waiting request starts in time)
     f[level] <= max_num_seqs / (CARRIED_FRAC * arrival rate * mean output length)     (a full batch nearly keeps up)
 
 where chunks(k) counts the steps of a whole token budget, c[level] each, until the k-th waiting request's prompt and
 those before it are computed, and places(k) the steps until k places of a full batch have become free (Little's law:
-max_num_seqs / mean output length per step). Prompts' margin is the margin, or less where dimming
-does little for prompts: see `prompt_margin`. f[level] is the step of a full batch. The last condition raises the level
+max_num_seqs / mean output length per step). f[level] is the step of a full batch. The last condition raises the level
 only when the batch is nearly full, before a queue has formed; on the way down it always counts, or a queue would only
 build up again. What it leaves of the arrivals is for the queue to ask for: levels are few, and the one that carries
 everything may lose far more than turns of the two beside the need; and the rate is known within a tenth only.
@@ -24,6 +23,7 @@ everything may lose far more than turns of the two beside the need; and the rate
 | floor < ceiling            | a lower level has been enough for DOWN_S   | the deepest that was needed meanwhile     |
 | floor < ceiling            | ... but does not carry the arrivals        | kept                                      |
 | floor < ceiling            | no level keeps the budgets                 | least level within USELESS_FRAC of best   |
+| floor < ceiling            | prompts queue beyond `prompt_margin`       | least level that prevents it, while so    |
 | floor < ceiling            | no request was here for a while            | one level down for each DOWN_S of it      |
 """
 
@@ -41,7 +41,7 @@ DOWN_S = 0.5  # a level must have been more than enough for so long before it is
 ARRIVALS_S = (1.0, 4.0)  # bounds of the arrival rate's time constant
 NUM_ARRIVALS = 100.0  # that the rate remembers, within those bounds
 CARRIED_FRAC = 0.85  # of the arrivals, that the level must carry without being asked by a queue
-FORFEIT_FRAC = 0.08  # of what dimming could spare a queue of prompts, that may be lost by beginning late
+FORFEIT_FRAC = 0.1  # of what dimming could spare a queue of prompts, that may be lost by beginning late
 FULL_FRAC = 0.9  # of the places: from here on the arrivals may raise the level
 USELESS_FRAC = 0.01  # a deeper level that gains less than this is not worth its loss
 MAX_QUEUE_SAMPLES = 16
@@ -112,10 +112,12 @@ def choose_levels(
         enough_level = max(enough_level, needed)
         if now_s - enough_since_s >= DOWN_S:
             level, enough_since_s, enough_level = enough_level, now_s, needed
-    levels = Levels(prefill=_clamp(level, setting.prefill, top), decode=_clamp(level, setting.decode, top))
+    head_start = _head_start(state, setting.prefill, observation)
+    levels = _within(setting, level, top)
     # Remembering a level that neither phase may have would delay the way down once the range allows it again.
     level = min(max(level, min(levels.prefill, levels.decode)), levels.peak)
-    return replace(state, level=level, enough_since_s=enough_since_s, enough_level=enough_level), levels
+    state = replace(state, level=level, enough_since_s=enough_since_s, enough_level=enough_level)
+    return state, _within(setting, max(level, head_start), top)
 
 
 def choose_budget(
@@ -185,9 +187,8 @@ def step_time_for_queue_s(
 
 
 def prompt_margin(full_chunk_s: Sequence[float]) -> float:
-    """The share of the TTFT promise that a queue of prompts may take before it is dimmed for, by the seconds that a
-    step full of prompt tokens takes at each level. One prompt alone is no queue, and requests that wait for a place in
-    a full batch wait for others to decode.
+    """The share of the TTFT promise that a queue of prompts may take before dimming gets a head start on it, by the
+    seconds that a step full of prompt tokens takes at each level.
 
     Decoding can be dimmed to half of its time and less, so that a burst met late is still carried. Prompts cannot: the
     deepest level is r = full_chunk_s[0] / min(full_chunk_s) times as fast, not much more than 1, and what arrives at
@@ -195,6 +196,9 @@ def prompt_margin(full_chunk_s: Sequence[float]) -> float:
     change. A queue that grows at rho times what level 0 computes, dimmed for from a wait of D on, breaks a promise B
     so much earlier than if the deepest level had been in force throughout, that the share D / (rho * B) of what that
     would have spared is lost. With rho > r it is at most FORFEIT_FRAC if D <= FORFEIT_FRAC * r * B.
+
+    Most such queues are gone after a few steps, and nobody can know beforehand which will not be. So a head start ends
+    with its queue: DOWN_S would cost many times the loss of the steps themselves.
     """
     return FORFEIT_FRAC * full_chunk_s[0] / min(full_chunk_s)
 
@@ -224,11 +228,20 @@ def _level_for_queue(state: GovernorState, setting: PhaseSetting, observation: S
     if not observation.waiting:
         return 0
     full_chunk_s = _predicted_s(state, observation, observation.max_num_batched_tokens)
-    is_queue_of_prompts = len(observation.waiting) > 1 and observation.num_free_slots > 0
-    most = prompt_margin(full_chunk_s) if is_queue_of_prompts else 1.0
-    chunk_s, step_s = step_time_for_queue_s(setting, observation, state.mean_output_tokens, most)
+    chunk_s, step_s = step_time_for_queue_s(setting, observation, state.mean_output_tokens)
     level = _least_level(state.smoothed_s, step_s)
     return level if chunk_s == math.inf else max(level, _least_level(full_chunk_s, chunk_s))
+
+
+def _head_start(state: GovernorState, setting: PhaseSetting, observation: StepObservation) -> int:
+    """The level for a queue of prompts that is longer than `prompt_margin` allows, 0 without one: one prompt alone is
+    no queue, and where the batch is full, requests wait for others to decode."""
+    if len(observation.waiting) < 2 or not observation.num_free_slots:
+        return 0
+    full_chunk_s = _predicted_s(state, observation, observation.max_num_batched_tokens)
+    margin = prompt_margin(full_chunk_s)
+    chunk_s, _ = step_time_for_queue_s(setting, observation, state.mean_output_tokens, margin)
+    return 0 if chunk_s == math.inf else _least_level(full_chunk_s, chunk_s)
 
 
 def _level_for_arrivals(state: GovernorState, observation: StepObservation, now_s: float) -> int:
@@ -255,6 +268,10 @@ def _memory_s(state: GovernorState) -> float:
 
 def _arrivals_per_s(state: GovernorState, now_s: float) -> float:
     return state.arrivals_per_s * math.exp(min(0.0, state.arrived_s - now_s) / _memory_s(state))
+
+
+def _within(setting: BrownoutSetting, level: int, top: int) -> Levels:
+    return Levels(prefill=_clamp(level, setting.prefill, top), decode=_clamp(level, setting.decode, top))
 
 
 def _clamp(level: int, setting: PhaseSetting, top: int) -> int:

@@ -101,17 +101,20 @@ def test_truth_table(level_before: int, order: BrownoutSetting, observation: Ste
 
 @pytest.mark.parametrize(
     ("num_prompts", "num_chunks", "num_free_slots", "expected"),
-    [(2, 8, 5, 0), (2, 10, 5, TOP), (9, 20, 5, TOP), (1, 10, 5, 0), (2, 10, 0, 0)],
+    [(2, 10, 5, 0), (2, 12, 5, 3), (2, 13, 5, TOP), (1, 13, 5, 0), (2, 13, 0, 0)],
 )
 def test_prompts_that_dimming_hardly_speeds_up_are_dimmed_for_early(
     num_prompts: int, num_chunks: int, num_free_slots: int, expected: int
 ) -> None:
-    """A step of 128 tokens takes 100 ms, 90 at the deepest level: of the promise, 10 s, prompts may take 0.89 s."""
+    """A step of 128 tokens takes 100 ms, 90 at the deepest level: of the promise, 10 s, a queue of prompts may take
+    1.11 s. The head start ends with the queue."""
     times_s = tuple((0.01, 0.05 - 0.01 * level, 0.1 - 0.0025 * level) for level in range(TOP + 1))
     state = GovernorState.initial(StepTimeModel((1, 32, 128), times_s))
     waiting = [Waiting(0, 0.0, 96 * num_chunks * n // num_prompts) for n in range(1, num_prompts + 1)]
     seen = full_step(*waiting, num_free_slots=num_free_slots)
-    assert choose_levels(state, setting(ttft_s=10.0), seen, 0.0)[1] == Levels(expected, expected)
+    state, levels = choose_levels(state, setting(ttft_s=10.0), seen, 0.0)
+    assert levels == Levels(expected, expected)
+    assert choose_levels(state, setting(ttft_s=10.0), full_step(), 0.1)[1] == Levels(0, 0)
 
 
 def test_each_phase_keeps_to_its_own_range() -> None:
@@ -214,10 +217,12 @@ def test_levels_stay_in_the_setting_and_on_the_ladder(
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.4), OBSERVATIONS), min_size=2, max_size=60), st.floats(0.05, 3.0))
 def test_never_down_twice_within_down_s(steps: list[tuple[float, StepObservation]], ttft_s: float) -> None:
+    """But for head starts, which a full batch has not."""
     state, now_s, level, went_down_s = at_level(TOP), 0.0, TOP, -math.inf
     for step_s, observation in steps:
         now_s += step_s
-        state, levels = choose_levels(state, setting(ttft_s=ttft_s, tpot_s=0.05), observation, now_s)
+        order = setting(ttft_s=ttft_s, tpot_s=0.05)
+        state, levels = choose_levels(state, order, replace(observation, num_free_slots=0), now_s)
         if levels.decode < level:
             assert now_s - went_down_s >= DOWN_S
             went_down_s = now_s
