@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS, markdown_table, write_result
-from engine.sampling import SamplingState, sample
+from engine.sampling.choose import sample
+from engine.sampling.state import SamplingState
 from engine.types import SamplingParams
 
 VOCAB_SIZE = 151_936  # Qwen1.5-MoE-A2.7B

@@ -17,11 +17,11 @@ from collections.abc import AsyncGenerator, Callable
 from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.grammar import GrammarState
 from engine.outbox import Outbox
 from engine.request_log import RequestLog
+from engine.sampling.grammar import GrammarState
 from engine.telemetry import StepWindow, Totals
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.types import (
     BrownoutSetting,
     EngineBusyError,

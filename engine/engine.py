@@ -21,18 +21,18 @@ from typing import Any
 
 from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
-from engine.grammar import GrammarCompiler, GrammarState
 from engine.kv_cache.blocks import BlockManager
 from engine.moe.swap import SwapPlan, UnitedSwap, plan_swap
 from engine.pool.slots import ModelSlot, load_slot
 from engine.request_log import RequestLog
 from engine.request_state import RequestState
 from engine.runner import LaunchedStep, Runner, StepResult
+from engine.sampling.grammar import GrammarCompiler, GrammarState
 from engine.scheduler.scheduler import ScheduledBatch, Scheduler
 from engine.stats import stats_of
 from engine.step_profile import profile_steps
 from engine.telemetry import StepRecord, TelemetryRecorder
-from engine.tokenizer import load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 from engine.types import (
     BrownoutSetting,
     EngineStats,

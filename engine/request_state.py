@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import zlib
 
-from engine.detokenize import IncrementalDetokenizer
-from engine.grammar import GrammarState
 from engine.request_log import RequestRecord
-from engine.sampling import SamplingState
+from engine.sampling.grammar import GrammarState
+from engine.sampling.state import SamplingState
 from engine.scheduler.sequence import Sequence
-from engine.tokenizer import Tokenizer
+from engine.text.detokenize import IncrementalDetokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.types import FinishReason, GenerationRequest, RequestOutput, TokenLogprob, Usage
 
 logger = logging.getLogger(__name__)

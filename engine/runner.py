@@ -12,10 +12,11 @@ from torch import Tensor
 
 from engine.batch import StepRows, to_device
 from engine.kv_cache.blocks import BlockManager
-from engine.logprobs import LogitRows, take_prompt_rows
 from engine.places import Places
 from engine.pool.slots import ModelSlot
-from engine.sampling import Choice, Sampled, SamplingState, choose
+from engine.sampling.choose import Choice, Sampled, choose
+from engine.sampling.logprobs import LogitRows, take_prompt_rows
+from engine.sampling.state import SamplingState
 from engine.scheduler.scheduler import ScheduledBatch
 from engine.transfer import send
 from engine.types import Levels, TokenLogprob

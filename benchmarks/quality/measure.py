@@ -20,7 +20,7 @@ from engine.moe.ladder import Ladder, Level
 from engine.moe.settings import DimmerKind, DimSetting
 from engine.moe.united import UnitedArtefact
 from engine.pool.slots import ModelSlot, load_slot
-from engine.tokenizer import load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 WAYS = (2, 4, 8)
 TASKS = ("piqa", "copa", "openbookqa")  # the model's parent knows no Chinese: C-Eval would be chance

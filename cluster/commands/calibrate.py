@@ -77,7 +77,7 @@ def calibrate(
         from engine.calibrate.calibrate import CalibrateOptions, Calibration  # torch takes a second to import
         from engine.config import ModelConfig, require
         from engine.moe.settings import DimmerKind
-        from engine.tokenizer import load_tokenizer
+        from engine.text.tokenizer import load_tokenizer
         from engine.unite.calibration import cut_sequences, read_text
 
         known = {kind.name.lower(): kind for kind in DimmerKind if kind is not DimmerKind.EXACT}

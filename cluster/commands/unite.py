@@ -66,7 +66,7 @@ def unite(
     """
     with one_sentence():
         from engine.config import ModelConfig  # torch takes a second to import
-        from engine.tokenizer import load_tokenizer
+        from engine.text.tokenizer import load_tokenizer
         from engine.unite.build import Job, UniteOptions
         from engine.unite.build import unite as build
         from engine.unite.calibration import cut_sequences, read_text

@@ -27,7 +27,7 @@ from cluster.names import key_prefix
 from cluster.router.loads import router_group
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router
-from engine.tokenizer import load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 
 @serve.ingress()

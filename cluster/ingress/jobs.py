@@ -14,7 +14,7 @@ from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
 from cluster.ingress.grammars import answer_grammar, grammar_param
 from cluster.ingress.schemas import INT64, CompletionBody, GenerationBody
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
 
 CLASS_HEADER = "x-brownout-class"

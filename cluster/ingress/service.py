@@ -25,7 +25,7 @@ from cluster.ingress.stalls import StallWatch
 from cluster.ingress.visit import Visit
 from cluster.logs import fields
 from cluster.reports import ReplicaReport
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from cluster.local.scratch import Scratch
 from cluster.names import engine_deployments, is_engine_deployment
 from cluster.serve_file import ServeFile, load_serve_file
 from engine.models.spec import read_config
-from engine.tokenizer import load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 from engine.types import ModelInfo
 from engine.weights.safetensors import check_checkpoint
 

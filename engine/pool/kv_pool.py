@@ -13,7 +13,8 @@ from engine.kv_cache.storage import KvStorage
 from engine.memory import GIB, MemoryPlan, MemoryUse, check_weights_fit, plan_memory
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
-from engine.sampling import SamplingState, sample
+from engine.sampling.choose import sample
+from engine.sampling.state import SamplingState
 from engine.types import Levels, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.sampling import SamplingState, _Columns, _draw_among
+from engine.sampling.draw import Columns, draw_among
+from engine.sampling.state import SamplingState
 from engine.types import GenerationRequest, SamplingParams
 from tests.gpu.engines import UNDIMMED, make_engine
 
 pytest.importorskip("triton")
-sampling_kernels = pytest.importorskip("engine.sampling_kernels")
+sampling_kernels = pytest.importorskip("engine.sampling.kernels")
 
 pytestmark = pytest.mark.gpu
 
@@ -31,8 +32,8 @@ def test_draws_without_a_sort_equal_the_ranked_ones(
     weights = torch.randint(0, num_weights, (24, VOCAB), generator=generator).float() / 8192
     weights[:, 11] = 1
     states = [SamplingState(SamplingParams(**options, seed=i), (), VOCAB, frozenset(), i) for i in range(len(weights))]  # type: ignore[arg-type]
-    columns = _Columns.of(states, VOCAB, weights.device)
-    expected, complete = _draw_among(weights, weights.sum(-1, keepdim=True), columns, VOCAB)
+    columns = Columns.of(states, VOCAB, weights.device)
+    expected, complete = draw_among(weights, weights.sum(-1, keepdim=True), columns, VOCAB)
     assert complete.all()
     finished = torch.arange(len(weights)) % 3 == 0
     tokens = torch.full((len(weights),), -1)

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from cluster.ingress.config import IngressSection
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.integration.served_api import MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.request_state import RequestState
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import FinishReason, GenerationRequest, RequestOutput, SamplingParams, TokenLogprob
 from tests.models import DEMO_MODEL
 

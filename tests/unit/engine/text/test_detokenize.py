@@ -1,15 +1,13 @@
 """Text as it arrives must add up to the text decoded at once, and stop strings must be found wherever they fall."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.detokenize import IncrementalDetokenizer
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.text.detokenize import IncrementalDetokenizer
+from engine.text.tokenizer import Tokenizer, load_tokenizer
+from tests.models import DEMO_MODEL
 
-DEMO_MODEL = Path(__file__).parents[3] / "deploy" / "models" / "demo-random"
 IM_END = 4095
 
 

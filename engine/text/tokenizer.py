@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 import tokenizers
 
-from engine.chat_template import CHATML_TEMPLATE, ChatTemplate
 from engine.config import ConfigError
+from engine.text.chat_template import CHATML_TEMPLATE, ChatTemplate
 from engine.types import InvalidRequestError
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")

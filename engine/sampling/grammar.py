@@ -14,7 +14,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.types import InvalidRequestError
 
 NUM_CACHED = 64  # compiled grammars kept; the same schema comes with every request of an application

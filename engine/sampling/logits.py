@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.grammar import GrammarState, allowed_words
+from engine.sampling.grammar import GrammarState, allowed_words
 from engine.transfer import send
 from engine.types import InvalidRequestError, SamplingParams
 

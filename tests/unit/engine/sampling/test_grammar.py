@@ -8,11 +8,11 @@ import pytest
 import torch
 from llguidance import LLMatcher
 
-from engine.grammar import GrammarCompiler, GrammarState, allowed_words
-from engine.logits import edit_
 from engine.request_state import RequestState
-from engine.sampling import sample
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.sampling.choose import sample
+from engine.sampling.grammar import GrammarCompiler, GrammarState, allowed_words
+from engine.sampling.logits import edit_
+from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import FinishReason, GenerationRequest, InvalidRequestError, SamplingParams
 from tests.models import DEMO_MODEL
 

@@ -1,9 +1,9 @@
 """Triton twin of the wide end of a truncated draw: rows whose set is larger than the candidates that were ranked.
 
-Legend: N rows, V vocabulary. The rule is that of engine.sampling: the ``top_k`` likeliest tokens, of these the smallest
-set that holds ``top_p`` of their mass, and the token where the draw falls in that set, likeliest first. Nothing is
-sorted: each of the three is a threshold, found by bisection over the bits of a float, so that the host need not know
-which rows take part. Of equal weights the first ids rank first.
+Legend: N rows, V vocabulary. The rule is that of draw.py: the ``top_k`` likeliest tokens, of these the smallest set
+that holds ``top_p`` of their mass, and the token where the draw falls in that set, likeliest first. Nothing is sorted:
+each of the three is a threshold, found by bisection over the bits of a float, so that the host need not know which rows
+take part. Of equal weights the first ids rank first.
 """
 
 from __future__ import annotations

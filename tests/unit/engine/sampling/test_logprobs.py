@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.logprobs import LogitRows, PromptLogprobs, take_prompt_rows, token_logprobs
+from engine.sampling.logprobs import LogitRows, PromptLogprobs, take_prompt_rows, token_logprobs
 
 VOCAB = 20
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.types import InvalidRequestError
+from tests.models import DEMO_MODEL
 
-DEMO_MODEL = Path(__file__).parents[3] / "deploy" / "models" / "demo-random"
 TEXTS = (
     "Hello world's 1234  \n\n x",
     "héllo é e\u0301 😀👩‍👩‍👧 中文 ð\x00",

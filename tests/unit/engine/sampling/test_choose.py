@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from engine.logits import edit_
-from engine.sampling import SamplingState, _truncate, choose, sample
+from engine.sampling.choose import choose, sample
+from engine.sampling.draw import _truncate
+from engine.sampling.logits import edit_
+from engine.sampling.state import SamplingState
 from engine.types import InvalidRequestError, SamplingParams
 
 VOCAB = 50

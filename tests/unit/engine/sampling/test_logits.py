@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from engine.logits import SeenTokens, edit_
-from engine.sampling import SamplingState
+from engine.sampling.logits import SeenTokens, edit_
+from engine.sampling.state import SamplingState
 from engine.types import SamplingParams
 
 VOCAB = 300

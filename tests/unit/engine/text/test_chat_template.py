@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from engine.chat_template import CHATML_TEMPLATE, ChatTemplate
+from engine.text.chat_template import CHATML_TEMPLATE, ChatTemplate
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"x": 3}}}
