@@ -55,11 +55,13 @@ async def run_closed_loop(send: Send, requests: Iterator[Arrival], loop_spec: Cl
 
 
 def throughput(records: Sequence[RequestRecord], loop_spec: ClosedLoop) -> Throughput:
-    """Raises RuntimeError when a request failed: the rate of a failing server means nothing."""
+    """Raises RuntimeError when a request failed, or none was completed: such a rate means nothing."""
     failed = [r for r in records if not r.completed]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(records)} requests failed, the first with: {failed[0].error}")
     counted = [
         r for r in records if r.last_token_s is not None and loop_spec.ramp_s <= r.last_token_s < loop_spec.end_s
     ]
+    if not counted:
+        raise RuntimeError(f"no request was completed within the measured {loop_spec.measure_s:g} s; measure longer")
     return Throughput(len(counted) / loop_spec.measure_s, sum(r.num_tokens for r in counted) / loop_spec.measure_s)
