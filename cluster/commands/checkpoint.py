@@ -65,7 +65,11 @@ def checkpoint_check(directory: Path) -> None:
         SafetensorsCheckpoint(directory, spec.fp8_block).check(tensors, spec.tie_word_embeddings)
     num_parameters = sum(tensor.num_elements for tensor in tensors)
     console.print(
-        f"{directory}: {spec.architecture}, {num_parameters / 1e9:.3g}B parameters in {len(tensors)} tensors, "
+        f"{directory}: {spec.architecture}, {_in_words(num_parameters)} parameters in {len(tensors)} tensors, "
         f"{len(spec.moe_layers)} of {spec.num_layers} layers with routed experts",
         soft_wrap=True,
     )
+
+
+def _in_words(number: int) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"

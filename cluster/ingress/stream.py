@@ -19,7 +19,7 @@ from cluster.ingress.errors import ApiError, Outcome, to_api_error
 from cluster.ingress.responses import Choice, Endpoint, running_usage, usage_object
 from cluster.ingress.stalls import StallWatch
 from cluster.transport.channel import ReplicaLostError
-from engine.types import FinishReason, GenerationRequest, RequestOutput
+from engine.types import FinishReason, GenerationRequest, InvalidRequestError, RequestOutput
 
 NUM_ATTEMPTS = 2
 MIN_SHARED_TOKENS = 32  # a shorter prompt costs less than the wait for its first choice
@@ -43,7 +43,7 @@ async def generate(
             async with aclosing(backend.generate(sent)) as outputs:
                 async for output in _within(outputs, idle_timeout_s, until_s):
                     if output.finish_reason is FinishReason.ERROR:
-                        raise ApiError(Outcome.BROKEN, output.error or "the engine failed to process the request")
+                        raise _failure(request, output)
                     said_something = True
                     yield output
                     if output.finished:
@@ -52,6 +52,13 @@ async def generate(
         except ReplicaLostError as error:
             if said_something or attempt == NUM_ATTEMPTS - 1 or not error.may_retry:
                 raise ApiError(Outcome.REPLICA_LOST, str(error)) from error
+
+
+def _failure(request: GenerationRequest, output: RequestOutput) -> Exception:
+    """Why the engine gave the request up. A grammar that it cannot go on with is the client's."""
+    if request.sampling.grammar is not None:
+        return InvalidRequestError(f"the grammar cannot be followed to its end: {output.error}", "grammar")
+    return ApiError(Outcome.BROKEN, output.error or "the engine failed to process the request")
 
 
 async def _within(

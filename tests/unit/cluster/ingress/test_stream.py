@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from engine.types import (
     InvalidRequestError,
     ModelInfo,
     RequestOutput,
+    SamplingParams,
     Usage,
 )
 
@@ -115,6 +117,15 @@ async def test_an_engine_failure_is_an_error() -> None:
     failed = RequestOutput("r", finish_reason=FinishReason.ERROR, error="out of luck")
     with pytest.raises(ApiError, match="out of luck"):
         await collect(ScriptedBackend([failed]))
+
+
+async def test_a_grammar_that_the_engine_gives_up_is_the_clients() -> None:
+    failed = RequestOutput("r", finish_reason=FinishReason.ERROR, error="too many states")
+    asking = replace(REQUEST, sampling=SamplingParams(grammar="start: x"))
+    with pytest.raises(InvalidRequestError, match="too many states") as caught:
+        async for _ in generate(ScriptedBackend([failed]), asking, time.monotonic(), 5.0):
+            pass
+    assert caught.value.param == "grammar"
 
 
 async def test_the_first_failing_choice_ends_the_others() -> None:
