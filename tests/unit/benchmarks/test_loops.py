@@ -95,3 +95,5 @@ def test_throughput_counts_completions_of_the_measured_part():
     records = [record_at(0, 1.9), record_at(1, 2.0), record_at(3, 5.9), record_at(4, 6.0)]
     rate = throughput(records, loop_spec)
     assert (rate.req_s, rate.tok_s) == (2 / 4, 20 / 4)
+    with pytest.raises(RuntimeError, match="no request was completed"):
+        throughput(records[:1], loop_spec)
