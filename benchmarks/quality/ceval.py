@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.corpus import read_rows
 from benchmarks.quality.questions import Question
+from benchmarks.training.corpus import read_rows
 
 LETTERS = "ABCD"
 HEADER = "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n"

@@ -37,7 +37,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.quality import corpus
 from benchmarks.quality.forced import ForcedModel
 from benchmarks.quality.generation import Continuations, compare_continuations, describe
 from benchmarks.quality.questions import accuracy
@@ -45,6 +44,7 @@ from benchmarks.quality.scorers import EngineScorer, ServerScorer
 from benchmarks.quality.scoring import Request, Scorer, TokenScore
 from benchmarks.quality.tasks import TASKS, load_task
 from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.training import corpus
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.types import Levels

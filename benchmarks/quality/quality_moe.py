@@ -31,12 +31,13 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from benchmarks.quality import corpus, measure, specialisation
+from benchmarks.quality import measure
 from benchmarks.quality.claims import judge
-from benchmarks.quality.expert_compute import fastest_that_runs
-from benchmarks.quality.smollm2 import read_parent, redraw_neurons_, upcycle
-from benchmarks.quality.upcycled_training import TrainOptions, train
 from benchmarks.results import RESULTS, write_result
+from benchmarks.training import corpus, specialisation
+from benchmarks.training.expert_compute import fastest_that_runs
+from benchmarks.training.smollm2 import read_parent, redraw_neurons_, upcycle
+from benchmarks.training.upcycled import TrainOptions, train
 from engine.calibrate.calibrate import CalibrateOptions, Calibration
 from engine.config import ModelConfig
 from engine.moe.experts import PackedExperts

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import ceval
-from benchmarks.quality.corpus import read_rows
 from benchmarks.quality.questions import Question
+from benchmarks.training.corpus import read_rows
 
 TASKS = ("piqa", "copa", "openbookqa", "ceval")
 LETTERS = "ABCD"

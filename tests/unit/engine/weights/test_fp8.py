@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.quality.fp8 import quantise, quantise_checkpoint, round_to_fp8_
+from benchmarks.training.fp8 import quantise, quantise_checkpoint, round_to_fp8_
 from engine.weights.fp8 import SCALE_SUFFIX, expand_scales
 from engine.weights.manifest import CheckpointError, Target, TensorSpec
 from engine.weights.safetensors import SINGLE_FILE, SafetensorsCheckpoint

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.quality.expert_compute import EXPERT_COMPUTE
-from benchmarks.quality.fp8 import QUANTIZATION_CONFIG, is_quantised, quantise_checkpoint, round_to_fp8_
+from benchmarks.training.expert_compute import EXPERT_COMPUTE
+from benchmarks.training.fp8 import QUANTIZATION_CONFIG, is_quantised, quantise_checkpoint, round_to_fp8_
 from engine.layers.rotary import RotaryEmbedding
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.quality.moe_model import MoeLm
-from benchmarks.quality.smollm2 import DenseLm
-from benchmarks.quality.training import ClockSchedule, TokenBatches, make_optimizer, set_rate
+from benchmarks.training.loop import ClockSchedule, TokenBatches, make_optimizer, set_rate
+from benchmarks.training.moe_model import MoeLm
+from benchmarks.training.smollm2 import DenseLm
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at once
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: batches drawn on the device, a schedule by the clock, the language-model loss."""
+"""What every training loop needs: batches drawn on the device, a schedule by the clock, the language-model loss."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.moe_model import MoeLm
-from benchmarks.quality.training import held_out_loss
+from benchmarks.training.loop import held_out_loss
+from benchmarks.training.moe_model import MoeLm
 from engine.layers.linear import silu_and_mul
 
 

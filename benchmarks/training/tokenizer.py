@@ -1,6 +1,6 @@
 """Train a byte-level BPE of Qwen2's shape on plain text and write it as ``tokenizer.json``.
 
-    python -m benchmarks.quality.train_tokenizer TEXT [TEXT ...] --vocab-size 4096 --out deploy/models/demo-random
+    python -m benchmarks.training.tokenizer TEXT [TEXT ...] --vocab-size 4096 --out deploy/models/demo-random
 
 Texts are UTF-8, plain or compressed (.gz, .xz). The same texts give the same file.
 """

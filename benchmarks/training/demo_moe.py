@@ -1,11 +1,11 @@
 """Train demo-moe, the small model that `make demo` and `make serve` use: 60 experts, top-4, English books.
 
-    python -m benchmarks.quality.train_demo_moe gutenberg_train_160mb.txt.xz --held-out gutenberg_heldout.txt.gz \\
+    python -m benchmarks.training.demo_moe gutenberg_train_160mb.txt.xz --held-out gutenberg_heldout.txt.gz \\
         --tokenizer deploy/models/demo-moe --minutes 4 --out deploy/models/demo-moe
 
 Four minutes on one H100 give the weights in the repository; a CPU takes hours (``--minutes 1`` shows that it runs).
 Writes model.safetensors, config.json and the model card, README.md. The tokenizer comes from
-`benchmarks.quality.train_tokenizer`.
+`benchmarks.training.tokenizer`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import environment
-from benchmarks.quality import corpus
-from benchmarks.quality.expert_compute import EXPERT_COMPUTE
-from benchmarks.quality.moe_model import MoeConfig, MoeLm
-from benchmarks.quality.training import (
+from benchmarks.training import corpus
+from benchmarks.training.expert_compute import EXPERT_COMPUTE
+from benchmarks.training.loop import (
     ClockSchedule,
     TokenBatches,
     held_out_loss,
@@ -32,6 +31,7 @@ from benchmarks.quality.training import (
     sample_text,
     set_rate,
 )
+from benchmarks.training.moe_model import MoeConfig, MoeLm
 
 NUM_HELD_OUT = 64  # sequences
 BALANCE_WEIGHT = 0.01

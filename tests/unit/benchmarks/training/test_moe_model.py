@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality.expert_compute import EXPERT_COMPUTE
-from benchmarks.quality.moe_model import MoeConfig, MoeLm
+from benchmarks.training.expert_compute import EXPERT_COMPUTE
+from benchmarks.training.moe_model import MoeConfig, MoeLm
 
 CONFIG = MoeConfig(
     vocab_size=97, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, expert_size=16, shared_size=24,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.moe_model import Attention, MoeConfig, MoeLm, rotary_tables
+from benchmarks.training.moe_model import Attention, MoeConfig, MoeLm, rotary_tables
 
 NUM_SEGMENTS = 8  # of the parent's FFN
 NUM_SHARED = 4  # of them in the shared expert; the others are routed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality.moe_model import MoeLm
-from benchmarks.quality.smollm2 import DenseLm, cluster_directions, mixture_config, redraw_neurons_, upcycle
+from benchmarks.training.moe_model import MoeLm
+from benchmarks.training.smollm2 import DenseLm, cluster_directions, mixture_config, redraw_neurons_, upcycle
 
 
 @pytest.fixture(scope="module")
