@@ -146,7 +146,7 @@ async def test_an_endless_body_is_refused_at_its_limit(client: httpx.AsyncClient
 
 
 async def test_more_requests_than_the_ingress_holds_are_refused_as_busy(client: httpx.AsyncClient) -> None:
-    bodies = [{**COMPLETION, "max_tokens": 64, "ignore_eos": True}] * (MAX_REQUESTS + 8)
+    bodies = [{**COMPLETION, "max_tokens": 100, "ignore_eos": True}] * (MAX_REQUESTS + 8)
     responses = await asyncio.gather(*(post(client, "completions", body) for body in bodies))
     statuses = [response.status_code for response in responses]
     assert statuses.count(200) == MAX_REQUESTS and statuses.count(503) == 8
