@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from cluster.commands.common import console, running_controller, target_options
+from cluster.commands.common import console, fail, running_controller, target_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ def brownout_set(target: Target, level: int) -> None:
 @click.argument("name")
 @click.pass_obj
 def brownout_law(target: Target, name: str) -> None:
-    """Follow another control law: predictive, pi, aimd or static."""
+    """Follow another control law: predictive, pi or aimd."""
+    if name == "static":
+        fail("static is a level that is pinned; brownoutserve brownout set LEVEL does that", 2)
     _set_policy(target, name)
 
 

@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Any, Protocol
 
 import ray
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
@@ -22,11 +22,20 @@ SHOWN = ("policy", "epoch", "redis_ok", "models")
 
 class PolicyBody(Body):
     """``law``: "auto" (the deployed one), "off", "freeze", "static" with a level, or another law's name; a level alone
-    pins. ``model``: the one concerned; all of them without it."""
+    pins. ``model``: the one concerned; all of them without it. A misspelt key is refused: left out, the order would be
+    another one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     law: str = "static"
     level: Annotated[int, Field(ge=0)] | None = None
     model: str | None = None
+
+    @model_validator(mode="after")
+    def _orders_something(self) -> PolicyBody:
+        if self.law == "static" and self.level is None:
+            raise ApiError(Outcome.INVALID, 'level is missing; or give a law, such as {"law": "auto"}', "level")
+        return self
 
 
 class BrownoutAdmin(Protocol):

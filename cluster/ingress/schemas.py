@@ -238,6 +238,8 @@ def _invalid(error: ValidationError, raw: bytes) -> ApiError:
         reason = "needs a type"
     elif mistake["type"] == "missing":
         reason = "is required"
+    elif mistake["type"] == "extra_forbidden":
+        reason = "is not known here"
     elif mistake["type"] == "too_short":
         reason = "must not be empty"
     elif reason.startswith("Input should be "):
