@@ -187,6 +187,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # of a prompt's token among all: 1 is the likeliest
 
 
 @dataclass(frozen=True, slots=True)

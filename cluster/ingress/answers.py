@@ -76,6 +76,12 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class RankedToken(Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatChoice(Answer):
     index: int
     message: MessageAnswer
@@ -94,6 +100,7 @@ class ChatCompletion(Answer):
     usage: UsageAnswer
     service_tier: str = "auto"
     prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, RankedToken] | None] = []
 
 
 class CompletionLogprobs(Answer):
@@ -111,6 +118,7 @@ class CompletionChoice(Answer):
     stop_reason: str | int | None
     token_ids: list[int] = []
     prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, RankedToken] | None] = []
 
 
 class Completion(Answer):

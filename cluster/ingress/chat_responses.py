@@ -25,7 +25,8 @@ class ChatEndpoint(Endpoint):
             }
             for choice in choices
         ]
-        return {**self._envelope("chat.completion", parts, usage), **self._prompt_ids(choices[0])}
+        of_prompt = {**self._prompt_ids(choices[0]), **self._prompt_logprobs(choices[0])}
+        return {**self._envelope("chat.completion", parts, usage), **of_prompt}
 
     def chunk(self, choice: Choice, output: RequestOutput, first: bool) -> dict[str, Any] | None:
         found = Found(output.text)

@@ -22,6 +22,7 @@ class CompletionEndpoint(Endpoint):
                 "stop_reason": choice.stop_reason,
                 **self._token_ids(choice.token_ids),
                 **self._prompt_ids(choice),
+                **self._prompt_logprobs(choice),
             }
             for choice in choices
         ]
@@ -54,6 +55,7 @@ class CompletionEndpoint(Endpoint):
         of_answer: Sequence[TokenLogprob] | None,
     ) -> dict[str, Any] | None:
         """OpenAI's four parallel lists; an echoed prompt's first token has a place but no probability."""
+        of_prompt = of_prompt if self.prefix_texts else None  # they may have been asked for apart from an echo
         if of_prompt is None and of_answer is None:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

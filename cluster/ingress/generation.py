@@ -166,6 +166,7 @@ class Generation:
             service_tier=body.service_tier,
             shows_ids=bool(body.return_token_ids),
             names_by_id=bool(body.return_tokens_as_token_ids),
+            shows_prompt_logprobs=body.prompt_logprobs is not None,
         )
 
     def _ignored(self, body: GenerationBody) -> dict[str, str]:

@@ -60,7 +60,8 @@ class Choice:
 class Endpoint(ABC):
     """Base of the two shapes. ``created_s`` is Unix time; ``prefix_texts`` go before each choice's text (echo);
     ``service_tier`` is repeated as the client asked for it. ``shows_ids``: token ids stand beside the text, as with
-    vLLM's return_token_ids; ``names_by_id``: logprobs call a token token_id:N instead of by its text.
+    vLLM's return_token_ids; ``names_by_id``: logprobs call a token token_id:N instead of by its text;
+    ``shows_prompt_logprobs``: as with vLLM's prompt_logprobs.
     """
 
     response_id: str
@@ -71,6 +72,7 @@ class Endpoint(ABC):
     service_tier: str | None = None
     shows_ids: bool = False
     names_by_id: bool = False
+    shows_prompt_logprobs: bool = False
 
     @abstractmethod
     def response(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +94,23 @@ class Endpoint(ABC):
 
     def _prompt_ids(self, choice: Choice) -> dict[str, list[int]]:
         return {"prompt_token_ids": list(choice.prompt_ids)} if self.shows_ids else {}
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        """Of each token of the prompt but the first, and of the likeliest there: id |-> logprob, rank, text."""
+        if not self.shows_prompt_logprobs:
+            return {}
+        return {"prompt_logprobs": [token and self._ranked(token) for token in choice.prompt_logprobs or ()]}
+
+    def _ranked(self, token: TokenLogprob) -> dict[str, dict[str, Any]]:
+        likeliest = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(token.top, 1)]
+        return {
+            str(token_id): {
+                "logprob": max(logprob, MIN_LOGPROB),
+                "rank": rank,
+                "decoded_token": self.tokens.token_text(token_id),
+            }
+            for token_id, logprob, rank in [*likeliest, (token.token_id, token.logprob, token.rank)]
+        }
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], usage: Mapping[str, Any] | None) -> dict[str, Any]:
         envelope = {

@@ -113,6 +113,7 @@ class GenerationBody(Body):
     add_special_tokens: bool | None = None  # to a prompt that is text; templates write their own
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # keep the last so many; -1: what fits
+    prompt_logprobs: int | None = None  # alternatives for each token of the prompt
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in logprobs, where one text may stand for several tokens
     priority: Annotated[int, Field(ge=-INT32, lt=INT32)] | None = None
@@ -154,7 +155,9 @@ class GenerationBody(Body):
     @property
     def num_prompt_logprobs(self) -> int | None:
         """Alternatives to report per token of the prompt; None: no logprobs of the prompt."""
-        return None
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(Outcome.INVALID, "prompt_logprobs are not streamed", "prompt_logprobs")
+        return self.prompt_logprobs
 
     def sampling_params(self, max_tokens: int, grammar: str | None = None) -> SamplingParams:
         """For the first choice of a prompt. Raises InvalidRequestError."""
@@ -202,7 +205,10 @@ class CompletionBody(GenerationBody):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+        of_prompt, of_echo = super().num_prompt_logprobs, self.logprobs if self.echo else None
+        if None not in (of_prompt, of_echo) and of_prompt != of_echo:
+            raise ApiError(Outcome.INVALID, "prompt_logprobs and the echo's logprobs differ", "prompt_logprobs")
+        return of_echo if of_prompt is None else of_prompt
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

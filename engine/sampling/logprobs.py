@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -61,7 +61,9 @@ class PromptLogprobs:
             token_ids = torch.tensor(wanted[first : first + ROWS_AT_A_TIME], device=logits.device)
             rows = logits[first : first + len(token_ids)]
             found = token_logprobs(rows, token_ids, [self._num_top] * len(rows))
-            self._found.update(enumerate(found, start + first + 1))
+            ranks = 1 + (rows > rows.gather(-1, token_ids[:, None])).sum(dim=-1)
+            ranked = (replace(each, rank=rank) for each, rank in zip(found, ranks.tolist(), strict=True))
+            self._found.update(enumerate(ranked, start + first + 1))
 
     def result(self) -> tuple[TokenLogprob | None, ...]:
         """One for each token of the prompt, the first None."""

@@ -75,6 +75,26 @@ def test_logprobs_name_tokens_by_id(api: openai.OpenAI) -> None:
     assert [token.token for token in content] == [f"token_id:{token_id}" for token_id in chat.choices[0].token_ids]
 
 
+def test_logprobs_of_the_prompt(api: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    asked = {"prompt_logprobs": 2, "return_token_ids": True}
+    echo = api.completions.create(**COMPLETION, echo=True, logprobs=2).choices[0].logprobs
+    choice = api.completions.create(**COMPLETION, extra_body=asked).choices[0]
+    assert choice.logprobs is None
+    first, *others = choice.prompt_logprobs
+    assert first is None and len(others) == len(choice.prompt_token_ids) - 1
+    for token_id, logprob, found in zip(choice.prompt_token_ids[1:], echo.token_logprobs[1:], others, strict=False):
+        own = found[str(token_id)]
+        assert own["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert own["decoded_token"] == tokenizer.token_text(token_id)
+        assert {entry["rank"] for entry in found.values()} == {1, 2, own["rank"]}
+        better = [entry for entry in found.values() if entry["logprob"] > own["logprob"]]
+        assert own["rank"] > len(better) if own["rank"] > 2 else own["rank"] == len(better) + 1
+    chat = api.chat.completions.create(**CHAT, extra_body=asked)
+    assert len(chat.prompt_logprobs) == len(chat.prompt_token_ids)
+    with pytest.raises(openai.BadRequestError, match="not streamed"):
+        api.chat.completions.create(**CHAT, stream=True, extra_body=asked)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_an_answer_stopped_at(api: openai.OpenAI, stream: bool) -> None:
     whole = api.completions.create(**COMPLETION, extra_body={"return_token_ids": True}).choices[0]
@@ -132,6 +152,8 @@ def test_an_answer_goes_on_where_the_last_message_ends(api: openai.OpenAI, token
         {"allowed_token_ids": []},
         {"allowed_token_ids": [10**6]},
         {"allowed_token_ids": [1], "guided_regex": "a"},
+        {"prompt_logprobs": 21},
+        {"prompt_logprobs": -1},
         {"truncate_prompt_tokens": 0},
         {"truncate_prompt_tokens": -2},
         {"cache_salt": ""},
