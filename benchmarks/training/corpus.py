@@ -48,7 +48,7 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def load_tokens(paths: list[Path], tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids [N] uint16 of texts, or of arrays that `python -m benchmarks.training.corpus` wrote (.npy)."""
+    """Token ids [N] uint16 of texts, or of saved arrays of ids (.npy)."""
     return np.concatenate(
         [np.load(path) if path.suffix == ".npy" else encode(unwrap(read_text(path)), tokenizer) for path in paths]
     )

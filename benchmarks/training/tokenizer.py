@@ -8,13 +8,12 @@ Texts are UTF-8, plain or compressed (.gz, .xz). The same texts give the same fi
 from __future__ import annotations
 
 import argparse
-import gzip
-import lzma
-from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
-from typing import TextIO
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from engine.unite.calibration import read_text
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -23,15 +22,6 @@ WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open}
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 text, plain, .gz or .xz; line ends kept."""
-    opener = OPENERS.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8", newline="") as text:
-        yield from text
 
 
 def train(texts: list[Path], vocab_size: int) -> Tokenizer:
@@ -51,7 +41,7 @@ def train(texts: list[Path], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((line for path in texts for line in read_lines(path)), trainer)
+    tokenizer.train_from_iterator((line for path in texts for line in StringIO(read_text(path))), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     if tokenizer.get_vocab_size() != vocab_size:
         raise SystemExit(f"the texts hold too few words for {vocab_size} ids, got {tokenizer.get_vocab_size()}")
