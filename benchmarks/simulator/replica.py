@@ -45,7 +45,6 @@ class ReplicaLog:
     loss_nats: float = 0.0  # summed over computed tokens
     num_tokens: int = 0
     num_steps: int = 0
-    busy_s: float = 0.0
     signal_s: float | None = None  # first time that the queue said: at level 0 the promise will break
     reaction_s: float | None = None  # from then to the first dimmed step; 0: already dimmed
 
@@ -140,7 +139,6 @@ class SimulatedReplica:
         spent: dict[ServiceClass, tuple[int, float]] = {}
         self.log.num_steps += 1
         self.log.num_tokens += load.num_tokens
-        self.log.busy_s += step_s
         for item in batch:
             sequence = item.sequence
             level = 0 if sequence.exact else levels.of(item.phase)
