@@ -1,33 +1,17 @@
-"""What routing costs a request, and how evenly several ingress processes spread what they cannot see of each other.
-
-Real Redis, real routers, each with its own connection, four replicas that only hold requests and publish loads.
-
-1. The time of one pick, with Redis well, slow (200 ms), down, flushed and restarted.
-2. Herding: four routers share Poisson arrivals and bursts. Compared: no exchange of picks, the shipped counted picks,
-   and an atomic pick-and-reserve script that every request waits for.
-"""
+"""How evenly several routers spread requests that they cannot see of each other, by how they tell of their picks."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-
-from redis import Redis
 
 from benchmarks.report import nearest_rank
-from benchmarks.results import RESULTS, markdown_table, update_result
-from cluster.local.redis_server import RedisServer
 from cluster.router.loads import LoadPublisher, connect
 from cluster.router.policy import Picked, ReplicaLoad
 from cluster.router.registry import LoadRegistry
@@ -37,9 +21,6 @@ from engine.types import GenerationRequest
 APP = "routing"
 REPLICAS = ("r0", "r1", "r2", "r3")
 NUM_ROUTERS = 4
-NUM_PICKS = 2000
-PICKS_PER_S = 200.0
-SLOW_S = 0.2
 HOLD_S = 1.0  # mean time that a replica holds a request
 RATE_PER_S = 150.0
 RUN_S = 6.0
@@ -202,103 +183,3 @@ async def measure_herding(mode: str, redis_url: str, seed: int) -> dict[str, flo
         "pick_ms_p50": 1e3 * nearest_rank(waited_s, 50),
         "pick_ms_p99": 1e3 * nearest_rank(waited_s, 99),
     }
-
-
-class SlowRedis:
-    """A TCP relay to Redis that holds every byte back for ``delay_s``."""
-
-    def __init__(self, redis_url: str) -> None:
-        self._target = urlsplit(redis_url)
-        self.delay_s = 0.0
-        self.url = ""
-
-    async def __aenter__(self) -> SlowRedis:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"redis://:{self._target.password}@127.0.0.1:{port}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            other_reader, other_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(self._copy(reader, other_writer), self._copy(other_reader, writer))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                await asyncio.sleep(self.delay_s / 2)
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-
-async def measure_picks(redis: RedisServer) -> dict[str, dict[str, float]]:
-    """Milliseconds of one pick in each state of Redis, from the request's side."""
-    figures = {}
-    async with SlowRedis(redis.url) as relay, Replicas(redis.url):
-        router = Router(registry := LoadRegistry(relay.url, APP))
-        held = dict.fromkeys(REPLICAS, 0)
-        router.pick(REQUEST, held)
-        await asyncio.sleep(0.5)
-
-        async def measure(disturb: Callable[[], Any] | None = None) -> dict[str, float]:
-            times_ms = []
-            for number in range(NUM_PICKS // 4):
-                if number == NUM_PICKS // 40 and disturb:
-                    disturbing = asyncio.create_task(asyncio.to_thread(disturb))
-                started_s = time.perf_counter()
-                router.pick(replace(REQUEST, prompt_ids=tuple(range(number, number + 256))), held)
-                times_ms.append(1e3 * (time.perf_counter() - started_s))
-                await asyncio.sleep(1 / PICKS_PER_S)
-            if disturb:
-                await disturbing
-            return {"p50": nearest_rank(times_ms, 50), "p99": nearest_rank(times_ms, 99), "max": max(times_ms)}
-
-        figures["well"] = await measure()
-        figures["slow"] = await measure(lambda: setattr(relay, "delay_s", SLOW_S))
-        relay.delay_s = 0.0
-        with Redis.from_url(redis.url) as client:
-            figures["flushed"] = await measure(client.flushall)
-        figures["down"] = await measure(redis.stop)
-        figures["restarted"] = await measure(redis.start)
-        await registry.close()
-    return figures
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as redis:
-        picks = asyncio.run(measure_picks(redis))
-        redis.stop()  # the one that was restarted ends with the thread that did it
-        redis.start()
-        herding = {
-            mode: asyncio.run(measure_herding(mode, redis.url, arguments.seed))
-            for mode in ("own", "counted", "reserve")
-        }
-    update_result(
-        arguments.out,
-        {
-            "route_ms_p50": picks["well"]["p50"],
-            "routing": {"seed": arguments.seed, "pick_ms": picks, "herding": herding},
-        },
-    )
-    rows = [(state, *(f"{value:.3f}" for value in times.values())) for state, times in picks.items()]
-    print(markdown_table(("Redis", "pick p50 (ms)", "p99", "max"), rows), "\n")
-    rows = [(mode, *(f"{value:.2f}" for value in figures.values())) for mode, figures in herding.items()]
-    print(markdown_table(("picks", "imbalance, mean", "p99", "in bursts", "pick p50 (ms)", "p99"), rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
