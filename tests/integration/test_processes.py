@@ -10,7 +10,18 @@ import sys
 import uuid
 from pathlib import Path
 
-from cluster.local.processes import MARK, end_marked, free_port_range, free_ports, is_port_free, marked_pids, spawn
+from cluster.local.processes import (
+    MARK,
+    PORT_RANGES,
+    SINGLE_PORTS,
+    claim,
+    end_marked,
+    free_port_range,
+    free_ports,
+    is_port_free,
+    marked_pids,
+    spawn,
+)
 from tests.waiting import until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -75,7 +86,22 @@ def test_a_spawned_process_ends_with_its_parent(tmp_path: Path) -> None:
 def test_ports() -> None:
     ports = free_ports(5)
     assert len(set(ports)) == 5
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < max(lowest, SINGLE_PORTS.stop), "the kernel hands out others"
+    assert not set(SINGLE_PORTS) & set(PORT_RANGES)
+    all_but_one = free_ports(len(SINGLE_PORTS) // 2, spared=ports[0])
+    assert ports[0] not in all_but_one
     with socket.create_server(("127.0.0.1", 0)) as busy:
         assert not is_port_free(busy.getsockname()[1])
     start = free_port_range(10)
     assert all(is_port_free(port) for port in range(start, start + 10))
+
+
+def test_a_name_is_one_process_at_a_time() -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    first = claim(name)
+    assert first is not None and claim(name) is None
+    first.close()
+    again = claim(name)
+    assert again is not None
+    again.close()
