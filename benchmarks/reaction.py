@@ -1,9 +1,10 @@
-"""How soon a live engine dims when a burst comes: from its first request to the launch of the first dimmed step.
+"""How soon a live cluster dims when a burst comes: from the queue's signal to the launch of the first dimmed step.
 
-An engine of deploy/serve/two-models.yaml in a thread of its own, as in a replica, on the wall clock: a few requests
-run at level 0, then many arrive at once. Their queue breaks the promise, and the governor sees it before the next step,
-so the delay is what is left of the step under way. Both are measured for each burst, and saved as live rows of
-results/control.json.
+The first model of deploy/serve/two-models.yaml on a real Ray cluster: a few requests run at level 0, then many come at
+once, over HTTP, ingress and router. What happened is read from what the replicas noted, by their own clocks: when each
+request came, and each level change with the time since the launch before it. The queue's signal is the first moment
+after the last step that was launched at level 0, the queue being short enough then, at which a request of the burst was
+there: the step after it is the first that can know. Rows with live = true in results/control.json.
 """
 
 from __future__ import annotations
@@ -12,117 +13,90 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 
 from benchmarks.control import save_rows
-from benchmarks.loadgen.in_process import EngineClient
+from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.report import Slo, measure
 from benchmarks.results import RESULTS, markdown_table
 from benchmarks.simulator.validate import SERVE_FILE
 from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import Arrival, endless
-from cluster.serve_file import load_serve_file
-from controller.laws.predictive import PredictiveParams
-from engine.async_engine import AsyncEngine
-from engine.brownout import Brownout
-from engine.scheduler.scheduler import ScheduledBatch, Scheduler
-from engine.types import BrownoutSetting, Levels, PhaseSetting
+from cluster.local.cluster import LocalCluster
+from cluster.serve_file import ServeFile, load_serve_file, parse_serve_document
 
 SCENARIO_NAME = "cpu_reaction"
 PROMPT_TOKENS, OUTPUT_TOKENS = LengthRange(low=16, high=32), LengthRange(low=24, high=48)
 SEED = 7
-NUM_QUIET, NUM_BURST = 2, 60  # requests; 32 places
-QUIET_S = 0.3  # from the quiet requests to the burst
+NUM_QUIET, NUM_BURST = 2, 60  # requests; a replica has 32 places
+QUIET_TOKENS = 200  # the quiet requests still run when the burst comes
+QUIET_S = 0.5  # from the quiet requests to the burst
+PAUSE_S = 4.0  # after a burst: idle time that brings every level back to 0
+TIMEOUT_S = 60.0
+MAX_REQUESTS = 1000
+
+Note = Mapping[str, Any]  # of a replica: a level change or a request that ended, as the controller's client tells them
 
 
 @dataclass(frozen=True, slots=True)
 class Reaction:
-    """What one burst met. Seconds since the burst's first request."""
+    """The slowest replica's."""
 
-    first_dimmed_s: float | None  # launch of the first dimmed step; None: there was none
-    num_undimmed: int  # steps at level 0 launched before it
-    step_s: float  # length of the step that was under way
+    reaction_s: float  # from the queue's signal to the launch of the first dimmed step
+    since_burst_s: float  # from the first request of the burst at that replica to the same
+    step_s: float  # from the launch of the step before
     level: int  # of the first dimmed step
-    records: tuple[RequestRecord, ...]
-    moves: int
-    duration_s: float
 
 
-def watch(brownout: Brownout) -> list[tuple[float, int]]:
-    """From now on each step's (launch, level) is noted."""
-    steps: list[tuple[float, int]] = []
-    choose = brownout.choose
+def reaction_of(changes: Sequence[Note], requests: Sequence[Note], burst_s: float) -> Reaction | None:
+    """Of a burst sent at ``burst_s``, Unix time; None if a replica that was sent requests of it never dimmed."""
+    came_s: dict[str, float] = {}
+    for request in requests:
+        at_s, replica_id = request["ended_at_s"] - request["duration_s"], request["replica_id"]
+        if at_s >= burst_s:
+            came_s[replica_id] = min(at_s, came_s.get(replica_id, at_s))
+    reactions = []
+    for replica_id, first_s in came_s.items():
+        rises = (c for c in changes if c["replica_id"] == replica_id and c["at_s"] >= first_s and not c["level_before"])
+        rise = next(rises, None)
+        if rise is None:
+            return None
+        since_burst_s, step_s = rise["at_s"] - first_s, rise["since_launch_s"]
+        reactions.append(Reaction(min(since_burst_s, step_s), since_burst_s, step_s, rise["level"]))
+    return max(reactions, key=lambda reaction: reaction.reaction_s, default=None)
 
-    def watched(scheduler: Scheduler, batch: ScheduledBatch, now_s: float) -> Levels:
-        levels = choose(scheduler, batch, now_s)
-        steps.append((now_s, levels.peak))
-        return levels
 
-    brownout.choose = watched  # type: ignore[method-assign]
-    return steps
+async def one_burst(client: CompletionClient, requests: Iterator[Arrival]) -> tuple[list[RequestRecord], float, float]:
+    """(what became of the requests, when the burst was sent in Unix time, seconds that it all took)."""
+    start_s = time.monotonic()
 
+    def clock() -> float:
+        return time.monotonic() - start_s
 
-async def one_burst(engine: AsyncEngine, steps: list[tuple[float, int]], requests: Iterator[Arrival]) -> Reaction:
-    client, start_s = EngineClient(engine), time.monotonic()
+    def send(arrivals: Sequence[Arrival]) -> list[asyncio.Task[RequestRecord]]:
+        return [asyncio.create_task(client.send(replace(a, at_s=clock()), clock)) for a in arrivals]
 
-    def send(count: int) -> list[asyncio.Task[RequestRecord]]:
-        at_s = time.monotonic() - start_s
-        arrivals = (Arrival(at_s, r.prompt_ids, r.max_tokens, r.seed) for r in islice(requests, count))
-        return [asyncio.create_task(client.send(a, lambda: time.monotonic() - start_s)) for a in arrivals]
-
-    steps.clear()
-    tasks = send(NUM_QUIET)
+    tasks = send([replace(a, max_tokens=QUIET_TOKENS) for a in islice(requests, NUM_QUIET)])
     await asyncio.sleep(QUIET_S)
-    while not steps:  # on a machine that is busy
-        await asyncio.sleep(0.001)
-    burst_s = time.monotonic()
-    tasks += send(NUM_BURST)
-    records = await asyncio.gather(*tasks)
-    after = [(at_s, level) for at_s, level in steps if at_s >= burst_s]
-    under_way_s = max(at_s for at_s, _ in steps if at_s < burst_s)
-    dimmed = next(((at_s, level) for at_s, level in after if level), None)
-    return Reaction(
-        first_dimmed_s=dimmed[0] - burst_s if dimmed else None,
-        num_undimmed=sum(1 for at_s, _ in after if dimmed is None or at_s < dimmed[0]),
-        step_s=after[0][0] - under_way_s,
-        level=dimmed[1] if dimmed else 0,
-        records=tuple(records),
-        moves=sum(one != other for (_, one), (_, other) in pairwise(steps)),
-        duration_s=time.monotonic() - start_s,
-    )
+    burst_s = time.time()
+    tasks += send(list(islice(requests, NUM_BURST)))
+    return await asyncio.gather(*tasks), burst_s, clock()
 
 
-async def measure_bursts(num_bursts: int) -> tuple[list[Reaction], Slo]:
-    config = load_serve_file(SERVE_FILE).config.engine_config()
-    engine = await AsyncEngine.start(config)
-    margins, top = PredictiveParams(), engine.info.num_levels - 1
-    engine.apply_setting(
-        BrownoutSetting(
-            prefill=PhaseSetting(0, top, config.slo.ttft_s, margins.ttft_margin),
-            decode=PhaseSetting(0, top, config.slo.tpot_s, margins.tpot_margin),
-            law="predictive",
-        )
-    )
-    try:
-        requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, engine.info.vocab_size, SEED)
-        steps = watch(engine.brownout)
-        await one_burst(engine, steps, requests)  # it teaches the governor this machine's steps
-        reactions = [await one_burst(engine, steps, requests) for _ in range(num_bursts)]
-        return reactions, Slo(config.slo.ttft_s, config.slo.tpot_s)
-    finally:
-        await engine.stop()
-
-
-def row_of(seed: int, reaction: Reaction, slo: Slo) -> dict[str, Any]:
-    """A row of control.json; ``reaction_steps`` counts undimmed steps launched after the burst's first request."""
-    metrics = asdict(measure(reaction.records, slo, reaction.duration_s))
+def row_of(
+    seed: int, reaction: Reaction | None, num_moves: int, records: Sequence[RequestRecord], slo: Slo, duration_s: float
+) -> dict[str, Any]:
+    """A row of control.json."""
+    metrics = asdict(measure(records, slo, duration_s))
     return {
         "scenario": SCENARIO_NAME,
         "law": "predictive",
@@ -130,35 +104,63 @@ def row_of(seed: int, reaction: Reaction, slo: Slo) -> dict[str, Any]:
         "attainment": metrics["slo_attainment"],
         "violation_s": metrics["violation_s"],
         "mean_loss": 0.0,  # random weights have none
-        "moves_per_s": reaction.moves / reaction.duration_s,
-        "reaction_s": reaction.first_dimmed_s,
+        "moves_per_s": num_moves / duration_s,
+        "reaction_s": reaction.reaction_s if reaction else None,
         "live": True,
-        "reaction_steps": reaction.num_undimmed,
-        "step_s": reaction.step_s,
-        "level_first": reaction.level,
+        "since_burst_s": reaction.since_burst_s if reaction else None,
+        "step_s": reaction.step_s if reaction else None,
+        "level_first": reaction.level if reaction else 0,
         "ttft_p90_s": metrics["ttft_p90_s"],
     }
 
 
+def first_model(file: ServeFile, num_replicas: int) -> ServeFile:
+    """The file with its first model alone."""
+    document = deepcopy(file.document)
+    arguments = document["applications"][0]["args"]
+    arguments["models"] = [{**arguments["models"][0], "replicas": num_replicas}]
+    return parse_serve_document(document)
+
+
+def measure_bursts(cluster: LocalCluster, num_bursts: int) -> list[dict[str, Any]]:
+    """Rows of ``num_bursts`` bursts, after one that teaches the governors this machine's steps."""
+    model, slo, controller = cluster.model_info(), cluster.file.config.slo, cluster.controller
+    requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, model.vocab_size, SEED)
+
+    async def burst() -> tuple[list[RequestRecord], float, float]:
+        async with CompletionClient(cluster.url, model.name, TIMEOUT_S) as client:
+            return await one_burst(client, requests)
+
+    rows = []
+    for seed in track(range(num_bursts + 1), description=f"bursts of {NUM_BURST} requests"):
+        records, burst_s, duration_s = asyncio.run(burst())
+        since_s, until_s = burst_s - QUIET_S, time.time()
+        changes = controller.level_changes(since_s, until_s)
+        reaction = reaction_of(changes, controller.requests_between(since_s, until_s, MAX_REQUESTS), burst_s)
+        if seed:
+            rows.append(row_of(seed, reaction, len(changes), records, Slo(slo.ttft_s, slo.tpot_s), duration_s))
+        time.sleep(PAUSE_S)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reaction", description=(__doc__ or "").partition("\n\n")[0]
+        prog="python -m benchmarks.reaction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bursts", type=int, default=5)
+    parser.add_argument("--replicas", type=int, default=1, help="each computes on one core")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of control.json")
     arguments = parser.parse_args(argv)
     console = Console()
-    with console.status(f"{arguments.bursts} bursts of {NUM_BURST} requests (half a minute)"):
-        reactions, slo = asyncio.run(measure_bursts(arguments.bursts))
-    rows = [row_of(seed, reaction, slo) for seed, reaction in enumerate(reactions, 1)]
+    with console.status("starting the cluster (half a minute)"):
+        cluster = LocalCluster.start(first_model(load_serve_file(SERVE_FILE), arguments.replicas))
+    with cluster:
+        rows = measure_bursts(cluster, arguments.bursts)
     save_rows(arguments.out / "control.json", SCENARIO_NAME, rows, live=True)
-    keys = ("reaction_s", "step_s", "reaction_steps", "level_first", "attainment", "ttft_p90_s")
-    console.print(
-        markdown_table(("burst", *keys), [(str(row["seed"]), *(f"{row[key]:.3g}" for key in keys)) for row in rows]),
-        markup=False,
-        highlight=False,
-    )
-    return 0
+    keys = ("reaction_s", "step_s", "since_burst_s", "level_first", "attainment", "ttft_p90_s")
+    cells = [(str(row["seed"]), *("-" if row[key] is None else f"{row[key]:.3g}" for key in keys)) for row in rows]
+    console.print(markdown_table(("burst", *keys), cells), markup=False, highlight=False)
+    return 0 if all(row["reaction_s"] is not None for row in rows) else 1
 
 
 if __name__ == "__main__":

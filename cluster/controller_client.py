@@ -50,11 +50,15 @@ class ControllerClient:
 
     def requests_of(self, request_id: str) -> list[dict[str, Any]]:
         """What became of an API request's choices and attempts, as far as replicas remember them."""
-        return self._ask_replicas("requests_of", request_id)
+        return _by_end(self._ask_replicas("requests_of", request_id))
 
     def requests_between(self, since_s: float, until_s: float, limit: int) -> list[dict[str, Any]]:
         """Requests that ended in [since_s, until_s) by the replicas' clocks; at most ``limit`` of each replica."""
-        return self._ask_replicas("requests_between", since_s, until_s, limit)
+        return _by_end(self._ask_replicas("requests_between", since_s, until_s, limit))
+
+    def level_changes(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Level changes of the replicas' own governors in [since_s, until_s) by the replicas' clocks, oldest first."""
+        return sorted(self._ask_replicas("level_changes", since_s, until_s), key=lambda change: change["at_s"])
 
     def pid(self) -> int:
         pid: int = self._ask("pid")
@@ -67,10 +71,14 @@ class ControllerClient:
                 answers += engines.broadcast(method, *args).results(timeout_s=TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise ClusterError(f"the engine replicas do not answer: {error}") from error
-        return sorted((record for answer in answers for record in answer), key=lambda record: record["ended_at_s"])
+        return [record for answer in answers for record in answer]
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
             return ray.get(getattr(self._actor, method).remote(*args), timeout=TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the controller raised, not Ray's account of it
+
+
+def _by_end(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda record: record["ended_at_s"])

@@ -110,6 +110,16 @@ def _kept(measured_s: float, slo_s: float | None) -> str:
     return f" ({'within' if measured_s <= slo_s else 'beyond'} the promised {slo_s:g} s)"
 
 
+def level_sentence(change: Mapping[str, Any]) -> str:
+    """One move of a replica's own governor."""
+    when = datetime.fromtimestamp(change["at_s"]).strftime("%H:%M:%S.%f")[:-3]
+    return (
+        f"{when} {change['replica_id']}: level {change['level_before']} to {change['level']} under setting "
+        f"{change['setting_version']}, with {change['num_running']} running, {change['num_waiting']} waiting, "
+        f"the oldest without a first token for {change['oldest_wait_s']:.3f} s"
+    )
+
+
 def summarise(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What happened to the requests of a time range."""
     routed = sum(request["routed_pairs"] for request in requests)

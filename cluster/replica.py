@@ -31,6 +31,7 @@ from controller.security import read_token
 from engine.agent import ControlCredentials, TelemetryAgent
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError
+from engine.level_log import LevelChange
 from engine.request_log import RequestRecord
 from engine.types import ModelInfo
 from engine.weights.manifest import CheckpointError
@@ -104,6 +105,10 @@ class EngineReplica:
         """The newest requests that ended in [since_s, until_s), Unix time by this machine's clock."""
         return self._described(self._engine.request_log.between(since_s, until_s, limit))
 
+    async def level_changes(self, since_s: float, until_s: float) -> list[dict[str, Any]]:
+        """Those of [since_s, until_s), Unix time by this machine's clock, oldest first."""
+        return self._described(self._engine.level_log.between(since_s, until_s))
+
     async def swap_united(self, path: str, ladder: str = "", replaces: int | None = None) -> SwapReport:
         """Replace united experts while serving; the report says what was refused, if anything."""
         try:
@@ -126,7 +131,7 @@ class EngineReplica:
         await self._agent.stop()
         await self._engine.stop()
 
-    def _described(self, records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+    def _described(self, records: Sequence[RequestRecord] | Sequence[LevelChange]) -> list[dict[str, Any]]:
         whose = {"replica_id": self._replica_id, "model_id": self._engine.info.name}
         return [{**whose, **asdict(record)} for record in records]
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from engine.brownout import Brownout
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.level_log import LevelLog
 from engine.outbox import Outbox
 from engine.request_log import RequestLog
 from engine.sampling.grammar import GrammarState
@@ -177,6 +178,11 @@ class AsyncEngine:
     def request_log(self) -> RequestLog:
         """What became of the newest requests."""
         return self._engine.request_log
+
+    @property
+    def level_log(self) -> LevelLog:
+        """The newest level changes."""
+        return self._engine.level_log
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine thread has died or makes no progress, whether or not it has requests:

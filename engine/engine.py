@@ -22,6 +22,7 @@ from typing import Any
 from engine.brownout import Brownout, spent_by_class
 from engine.config import EngineConfig
 from engine.kv_cache.blocks import BlockManager
+from engine.level_log import LevelChange, LevelLog
 from engine.moe.swap import SwapPlan, UnitedSwap, plan_swap
 from engine.pool.slots import ModelSlot, load_slot
 from engine.request_log import RequestLog
@@ -68,6 +69,8 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, blocks, slot.max_model_len, slot.spec.vocab_size)
         self.recorder = TelemetryRecorder(config.slo, clock())
         self.request_log = RequestLog()
+        self.level_log = LevelLog()
+        self._launched_s = clock()
         self._requests: dict[str, RequestState] = {}
         self._under_way: _StepUnderWay | None = None
         self._overlaps = slot.graphs is not None if config.overlap_steps is None else config.overlap_steps
@@ -216,11 +219,30 @@ class Engine:
         self.recorder.record_preemption(batch.num_preempted)
         if not batch:
             return None
+        level_before = self.brownout.levels.peak
         levels = self.brownout.choose(self.scheduler, batch, now_s)
+        self._note_level(level_before, levels.peak, now_s)
         states = [self._requests[item.sequence.request_id].sampling for item in batch]
         launched = runner.launch(batch, self.scheduler.blocks, levels, states)
         self.scheduler.launch(batch)
         return _StepUnderWay(batch, levels, launched, self.brownout.setting(now_s).version)
+
+    def _note_level(self, before: int, level: int, now_s: float) -> None:
+        since_launch_s, self._launched_s = now_s - self._launched_s, now_s
+        if level != before:
+            waits_s = [request.waited_s for request in self.brownout.observation.waiting]
+            self.level_log.append(
+                LevelChange(
+                    at_s=time.time(),
+                    level_before=before,
+                    level=level,
+                    since_launch_s=since_launch_s,
+                    num_running=len(self.scheduler.running),
+                    num_waiting=len(self.scheduler.waiting),
+                    oldest_wait_s=max(waits_s, default=0.0),
+                    setting_version=self.brownout.setting(now_s).version,
+                )
+            )
 
     def _finish_step(self) -> list[RequestOutput]:
         """Wait for the step under way, if any, and hand out what it produced."""

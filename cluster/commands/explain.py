@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from cluster.commands.common import console, fail, running_controller, target_options
-from cluster.explain import TimeRange, evidence, outcome, parse_range, request_sentences, summarise
+from cluster.explain import TimeRange, evidence, level_sentence, outcome, parse_range, request_sentences, summarise
 
 MAX_REQUESTS = 1000  # of a time range, per replica
 
@@ -31,7 +31,8 @@ def explain(what: str, as_json: bool, limit: int, address: str | None, app: str)
       brownoutserve explain 12:00..12:05           today, by this machine's clock
       brownoutserve explain 2h..1h                 from two hours ago until one hour ago
 
-    Replicas remember their last 4096 requests, the controller its last 4096 decisions, restarts included.
+    Replicas remember their last 4096 requests and level changes, the controller its last 4096 decisions, restarts
+    included.
     """
     time_range = parse_range(what, datetime.now())
     with running_controller(address, app) as controller:
@@ -71,6 +72,7 @@ def _of_range(controller: Any, time_range: TimeRange) -> dict[str, Any]:
         "until_s": until_s,
         "summary": summarise(requests),
         "decisions": controller.decisions_between(since_s, until_s),
+        "level_changes": controller.level_changes(since_s, until_s),
         "requests": requests,
     }
 
@@ -98,6 +100,8 @@ def _print_range(report: dict[str, Any], time_range: TimeRange, limit: int) -> N
         f"TTFT p90 {ttft}",
         soft_wrap=True,
     )
+    for change in report["level_changes"][-limit:]:
+        console.print(f"  {level_sentence(change)}", soft_wrap=True)
     _print_decisions(report["decisions"], limit, "decisions")
 
 

@@ -142,6 +142,7 @@ def test_explaining_a_request_and_a_time_range(mark: str, cluster: LocalCluster)
     ranged = run(mark, "explain", *address, "1h")
     assert ranged.returncode == 0, ranged.stderr
     assert "requests ended" in ranged.stdout and "operator" in ranged.stdout
+    assert "level 0 to 1 under setting" in ranged.stdout
     assert_one_sentence(run(mark, "explain", *address, "nobody"), 1, "'nobody'", "10m")
 
 

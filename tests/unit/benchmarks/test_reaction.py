@@ -1,38 +1,68 @@
-"""A burst's first dimmed step is found, and that there was none is told."""
+"""What a burst's reaction is, by what replicas note of their requests and levels."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.reaction import NUM_BURST, NUM_QUIET, one_burst, row_of, watch
+from benchmarks.reaction import Reaction, first_model, reaction_of, row_of
 from benchmarks.report import Slo
-from benchmarks.workloads.lengths import LengthRange
-from benchmarks.workloads.workload import endless
-from engine.async_engine import AsyncEngine
-from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
-from engine.types import BrownoutSetting
-from tests.models import write_config
+from benchmarks.simulator.validate import SERVE_FILE
+from cluster.serve_file import load_serve_file
 
-LENGTHS = LengthRange(low=4, high=8)
+BURST_S = 100.0
 
 
-@pytest.mark.parametrize("level", [0, 1])
-async def test_the_first_dimmed_step_after_a_burst(tmp_path: Path, level: int) -> None:
-    model = ModelConfig(str(write_config(tmp_path / "tiny")), load_format="random")
-    brownout = BrownoutConfig(ways=(2,), exempt_first=0, exempt_last=0, allow_unmeasured=True, profile_repeats=0)
-    engine = await AsyncEngine.start(EngineConfig(model, CacheConfig(num_blocks=256), brownout=brownout))
-    engine.apply_setting(BrownoutSetting.pinned(level))
-    steps = watch(engine.brownout)
-    reaction = await one_burst(engine, steps, endless(LENGTHS, LENGTHS, engine.info.vocab_size, seed=1))
-    await engine.stop()
-    assert len(reaction.records) == NUM_QUIET + NUM_BURST and all(r.completed for r in reaction.records)
-    if level:
-        assert (reaction.level, reaction.num_undimmed) == (level, 0)
-        assert reaction.first_dimmed_s is not None and reaction.first_dimmed_s >= 0
+def came(at_s: float, replica_id: str = "a") -> dict[str, Any]:
+    return {"replica_id": replica_id, "ended_at_s": at_s + 3.0, "duration_s": 3.0}
+
+
+def change(at_s: float, before: int, level: int, since_launch_s: float, replica_id: str = "a") -> dict[str, Any]:
+    times = {"at_s": at_s, "since_launch_s": since_launch_s}
+    return {"replica_id": replica_id, "level_before": before, "level": level, **times}
+
+
+QUIET = came(99.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "requests", "expected"),
+    [
+        # One step at level 0 was launched after the burst's first request; the next one knew.
+        ([change(100.09, 0, 3, 0.03)], [QUIET, came(100.02), came(100.07)], (0.03, 0.07, 0.03, 3)),
+        # The step under way when the burst came was the last at level 0.
+        ([change(100.05, 0, 2, 0.5)], [QUIET, came(100.02)], (0.03, 0.03, 0.5, 2)),
+        # What happened before the burst, and later moves, say nothing.
+        ([change(99.5, 0, 1, 0.01), change(99.9, 1, 0, 0.01), change(100.03, 0, 4, 0.02), change(100.2, 4, 5, 0.01)],
+         [came(100.0)], (0.02, 0.03, 0.02, 4)),
+        # The slower of two replicas.
+        ([change(100.03, 0, 1, 0.02), change(100.06, 0, 1, 0.05, "b")], [came(100.0), came(100.0, "b")],
+         (0.05, 0.06, 0.05, 1)),
+        ([change(100.03, 0, 1, 0.02)], [came(100.0), came(100.0, "b")], None),
+        ([], [came(100.0)], None),
+        ([], [QUIET], None),
+    ],
+)  # fmt: skip
+def test_the_reaction(
+    changes: list[dict[str, Any]], requests: list[dict[str, Any]], expected: tuple[float, float, float, int] | None
+) -> None:
+    reaction = reaction_of(changes, requests, BURST_S)
+    if expected is None:
+        assert reaction is None
     else:
-        assert (reaction.level, reaction.first_dimmed_s) == (0, None)
-        assert reaction.num_undimmed > 1
-    row = row_of(1, reaction, Slo(1e6, 1e6))
-    assert (row["live"], row["attainment"], row["reaction_s"]) == (True, 1.0, reaction.first_dimmed_s)
+        assert reaction is not None
+        told = (reaction.reaction_s, reaction.since_burst_s, reaction.step_s, reaction.level)
+        assert told == pytest.approx(expected)
+
+
+def test_a_row_tells_that_there_was_no_reaction() -> None:
+    assert row_of(1, None, 0, [], Slo(1.0, 1.0), 2.0)["reaction_s"] is None
+    row = row_of(1, Reaction(0.02, 0.03, 0.02, 4), 6, [], Slo(1.0, 1.0), 2.0)
+    assert (row["live"], row["reaction_s"], row["level_first"], row["moves_per_s"]) == (True, 0.02, 4, 3.0)
+
+
+def test_one_model_of_the_file() -> None:
+    file = first_model(load_serve_file(SERVE_FILE), num_replicas=1)
+    assert (len(file.configs), file.num_replicas) == (1, 1)
+    assert file.config.slo == load_serve_file(SERVE_FILE).config.slo

@@ -32,6 +32,8 @@ def test_a_pinned_level_dims_all_but_full_class_requests(model: str) -> None:
     assert (other.brownout.level_peak, other.brownout.level_mean) == (TOP_LEVEL, TOP_LEVEL)
     total = sum(u.brownout.dimmed_pairs for u in usages.values() if u is not None)
     assert engine.recorder.totals().dimmed_pairs == total
+    (rise,) = engine.level_log.between(0.0, float("inf"))
+    assert (rise.level_before, rise.level, rise.num_running + rise.num_waiting) == (0, TOP_LEVEL, 4)
 
 
 def test_what_was_lost_is_booked_by_class_and_told_in_the_log(model: str, tmp_path: Path) -> None:
