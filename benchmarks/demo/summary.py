@@ -55,11 +55,11 @@ def write_results(measurement: Measurement, scenario: Scenario, out: Path) -> No
             for name, run in measurement.runs.items()
         ],
         measurement.slo,
-        scenario.peak_s,
         measurement.model.num_levels,
         f"A burst of {max(p.load for p in scenario.phases):g} times the capacity: "
         f"{off.violation_s} s in violation without brownout, {on.violation_s} s with it",
         out / "burst.png",
+        scenario.peak_s,
     )
 
 

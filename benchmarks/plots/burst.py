@@ -31,29 +31,35 @@ class RunCurve:
     label: str
     seconds: Sequence[SecondStats]
     levels: Sequence[LevelSample]
-    color: str
+    color: str | None = None  # None: as matplotlib likes
 
 
 def draw_burst(
-    curves: Sequence[RunCurve], slo: Slo, burst_s: tuple[float, float], num_levels: int, title: str, path: Path
+    curves: Sequence[RunCurve],
+    slo: Slo,
+    num_levels: int,
+    title: str,
+    path: Path,
+    burst_s: tuple[float, float] | None = None,
 ) -> None:
-    """Writes the picture to ``path``; ``burst_s`` is the burst's (start, end) in seconds."""
+    """Writes the picture to ``path``; ``burst_s``, the burst's (start, end) in seconds, is shaded."""
     figure, (latency, level) = plt.subplots(
         2, 1, sharex=True, figsize=(9, 6), height_ratios=(2, 1), layout="constrained"
     )
-    for axes in (latency, level):
-        axes.axvspan(*burst_s, color="0.92", zorder=0)
-        axes.spines[["top", "right"]].set_visible(False)
     _draw_latency(latency, curves, slo)
-    latency.annotate(
-        "burst", xy=(sum(burst_s) / 2, 0.03), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.4"
-    )
+    for axes in (latency, level):
+        axes.spines[["top", "right"]].set_visible(False)
+        if burst_s is not None:
+            axes.axvspan(*burst_s, color="0.92", zorder=0)
+    if burst_s is not None:
+        middle = (sum(burst_s) / 2, 0.03)
+        latency.annotate("burst", middle, xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.4")
     for curve in curves:
         level.plot([s.at_s for s in curve.levels], [s.level for s in curve.levels], color=curve.color, lw=1.6)
     level.set_ylabel("mean brownout level")
     level.set_ylim(-0.3, max(1, num_levels - 1) + 0.3)
     level.set_xlabel("time since the run's start (s)")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, wrap=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -75,4 +81,4 @@ def _draw_latency(axes: Axes, curves: Sequence[RunCurve], slo: Slo) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel("TTFT (s), p90 of each second's arrivals")
     axes.grid(axis="y", color="0.9", lw=0.8)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
