@@ -34,7 +34,7 @@ class EngineBackend:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """The engine runs already."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:

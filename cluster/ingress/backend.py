@@ -25,6 +25,7 @@ from cluster.transport.messages import DrainingError
 from engine.types import GenerationRequest, ModelInfo, RequestOutput
 
 ASK_TIMEOUT_S = 2.0  # for a question to a replica that takes it no time to answer
+START_TIMEOUT_S = 2.0  # engines that run already are found in a fraction of it; those that load take minutes
 NO_REPLICA_TIMEOUT_S = 10.0  # the only replica of a model may be restarting
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Backend(Protocol):
     """What the API is served from."""
 
-    def start(self) -> None:
-        """Get to know the engines, so that the first request need not wait for that; on the event loop."""
+    async def start(self) -> None:
+        """Get to know the engines before the first request comes; returns soon, also when there are none yet."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
@@ -66,8 +67,8 @@ class ServeBackend:
         self._fleet = Fleet(self.reports, router.watch, router.forget)
         self._retries = RetryBudget(time.monotonic())
 
-    def start(self) -> None:
-        self._fleet.start()
+    async def start(self) -> None:
+        await self._fleet.wait_for_replica(START_TIMEOUT_S)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         self._retries.earn(time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
@@ -23,8 +24,7 @@ def create_api(service: OpenAIService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for model in service.models.values():
-            model.backend.start()
+        await asyncio.gather(*(model.backend.start() for model in service.models.values()))
         yield
 
     api = FastAPI(title="BrownoutServe", version=API_VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)

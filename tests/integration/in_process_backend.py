@@ -16,7 +16,7 @@ class InProcessBackend:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """The engine runs already."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
