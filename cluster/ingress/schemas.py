@@ -7,6 +7,7 @@ the engine's SamplingParams, so that the library and the API agree. Null means "
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -175,6 +176,7 @@ class GenerationBody(Body):
         )
 
 
+_SHOULD = re.compile("^[A-Z][a-z]+ should ")  # as pydantic's messages begin
 _GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _SAMPLING_FIELDS = (
     "temperature",
@@ -229,7 +231,7 @@ def parse_body(kind: type[AnyBody], raw: bytes, **defaults: Any) -> AnyBody:
 
 
 def _invalid(error: ValidationError, raw: bytes) -> ApiError:
-    mistake = error.errors(include_url=False)[0]
+    mistake = _told(error)
     if mistake["type"] == "json_invalid":
         return ApiError(
             Outcome.INVALID, f"the request body is not valid JSON: {mistake['msg'].removeprefix('Invalid JSON: ')}"
@@ -248,9 +250,19 @@ def _invalid(error: ValidationError, raw: bytes) -> ApiError:
         reason = "is not known here"
     elif mistake["type"] == "too_short":
         reason = "must not be empty"
-    elif reason.startswith("Input should be "):
-        reason = "must be " + reason.removeprefix("Input should be ")
+    elif _SHOULD.match(reason):
+        reason = _SHOULD.sub("must ", reason)
     return ApiError(Outcome.INVALID, f"{param} {reason[0].lower()}{reason[1:]}", param)
+
+
+def _told(error: ValidationError) -> Any:
+    """The first mistake; of a value that may be a word or an object, the one in the object if it is one."""
+    first, *others = error.errors(include_url=False)
+    if first["type"] != "literal_error":
+        return first
+    place = first["loc"][:-1]
+    deeper = (other for other in others if other["loc"][: len(place)] == place and len(other["loc"]) > len(place) + 1)
+    return next(deeper, first)
 
 
 def _keys(location: Sequence[str | int], content: Any, is_missing: bool) -> list[str]:

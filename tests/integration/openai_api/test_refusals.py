@@ -81,6 +81,8 @@ REFUSALS: list[tuple[str, Any, int, str | None]] = [
     ("chat/completions", {**CHAT, "response_format": {"type": "yaml"}}, 400, "response_format"),
     ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools.0.function"),
     ("chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
+    ("chat/completions", {**CHAT, "tool_choice": "always"}, 400, "tool_choice"),
+    ("chat/completions", {**CHAT, "tool_choice": {"type": "function"}}, 400, "tool_choice.function"),
     ("chat/completions", {**CHAT, "max_tokens": None, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
 ]
 
