@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from fastapi import FastAPI, Request, Response
 
@@ -44,13 +45,14 @@ def add_routes(api: FastAPI, service: OpenAIService) -> None:
     @api.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """200 while at least one engine replica answers."""
-        reports = await service.reports()
-        answer = {
-            "status": "ok" if reports else "unavailable",
-            "replicas": len(reports),
-            "models": {name: sum(report.info.name == name for report in reports) for name in service.models},
-        }
-        return json_response(answer, 200 if reports else 503)
+        answering = Counter(report.info.name for report in await service.reports())
+        # None may answer in the moment in which the replicas change, while requests go where channels are open.
+        models = {name: answering[name] or model.backend.num_replicas() for name, model in service.models.items()}
+        num_replicas = sum(models.values())
+        status = "ok" if num_replicas else "unavailable"
+        return json_response(
+            {"status": status, "replicas": num_replicas, "models": models}, 200 if num_replicas else 503
+        )
 
     @api.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -6,8 +6,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.ingress.config import IngressSection
+from cluster.ingress.routes import create_api
+from cluster.ingress.service import OpenAIService, ServedModel
+from cluster.reports import ReplicaReport
 from engine.async_engine import AsyncEngine
 from engine.types import BrownoutSetting
+from tests.integration.in_process_backend import InProcessBackend
 from tests.integration.openai_api.calls import CHAT, COMPLETION, post
 from tests.integration.served_api import MODEL
 
@@ -109,3 +114,26 @@ async def test_metrics_and_health(client: httpx.AsyncClient) -> None:
     answered = (("endpoint", "completions"), ("ingress", "ingress"), ("outcome", "ok"))
     assert samples["brownoutserve_http_requests_total", *answered] > 0
     assert samples["brownoutserve_http_requests_held", ("ingress", "ingress")] == 0
+
+
+class Unheard(InProcessBackend):
+    """Its engine has no time to report, and serves."""
+
+    num_engines = 1
+
+    async def reports(self) -> list[ReplicaReport]:
+        return []
+
+    def num_replicas(self) -> int:
+        return self.num_engines
+
+
+async def test_it_is_ready_while_requests_can_go_somewhere(engine: AsyncEngine) -> None:
+    backend = Unheard(engine)
+    service = OpenAIService([ServedModel(MODEL, backend, engine.tokenizer)], IngressSection(), "ingress")
+    transport = httpx.ASGITransport(create_api(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for num_engines, status in ((1, 200), (0, 503)):
+            backend.num_engines = num_engines
+            response = await client.get("/ready")
+            assert (response.status_code, response.json()["models"]) == (status, {MODEL: num_engines})
