@@ -108,7 +108,7 @@ BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": BAD_SCHE
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "wait"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": 3}}}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": 3}}}, "tool_choice.function.name"),
         ({"tools": [LOOK], "tool_choice": "any"}, "tool_choice"),
     ],
 )
