@@ -7,6 +7,7 @@ that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +92,10 @@ class Calibration:
     options: CalibrateOptions
     details: dict[str, Any] = field(default_factory=dict)  # for the ladder's provenance: text, command
     on_progress: Callable[[Progress], None] = lambda progress: None
+    _slot: ModelSlot | None = field(default=None, init=False)
+    _kernels: str = field(default="", init=False)  # what _slot runs on
+    _num_done: int = field(default=0, init=False)
+    _num_total: int = field(default=0, init=False)
 
     def run(self) -> Ladder:
         """Writes ladder.json and quality_profile.json. Raises ConfigError or CheckpointError."""
@@ -197,20 +202,15 @@ class Calibration:
                 self._num_done += 1
                 yield item
 
-    _num_done: int = 0
-    _num_total: int = 0
-
     def _done(self, profile: QualityProfile, said: str) -> None:
         profile.write(self.directory / PROFILE_FILE)
         self.on_progress(Progress(self._num_done, self._num_total, said))
-
-    _slot: ModelSlot | None = None
-    _kernels: str = ""
 
     def _on(self, kernels: str) -> ModelSlot:
         """The model on these kernels; one at a time lies in the device's memory. A CPU has the plain ones only."""
         if self._slot is None or (self._slot.device.type == "cuda" and self._kernels != kernels):
             self._slot = None
+            gc.collect()  # a slot's graphs and model may know each other
             torch.cuda.empty_cache()
             self._slot, self._kernels = self._load(kernels), kernels
         return self._slot
