@@ -152,7 +152,7 @@ async def test_brownout_is_read_and_pinned_over_http(api: openai.AsyncOpenAI, cl
     for headers in ({}, {"authorization": "Bearer guess"}):
         refused = httpx.put(url, json={"level": 1}, headers=headers, timeout=60)
         assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
-    for body, param in (({"level": 99}, "law"), ({"law": "fuzzy"}, "law"), ({"level": -1}, "level")):
+    for body, param in (({"level": 99}, "level"), ({"law": "fuzzy"}, "law"), ({"level": -1}, "level")):
         refused = httpx.put(url, json=body, headers=admin, timeout=60)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
     try:
