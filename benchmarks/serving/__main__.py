@@ -3,7 +3,8 @@
     python -m benchmarks.serving
     python -m benchmarks.serving --scenario benchmarks/scenarios/demo.yaml      a scenario's model and lengths instead
 
-Three measurements on one machine, at level 0, one replica, saved in results/serving.json:
+Three measurements on one machine, at level 0, one replica, saved in results/serving.json (a scenario's in
+results/cpu_serving.json):
 
 1. tokens per second with 64 streams, closed loop, into an engine of this process and then through the whole path;
 2. time to first token at half of the path's rate, the same arrivals both ways; what the path adds is the difference of
@@ -29,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.results import RESULTS, markdown_table, update_result
+from benchmarks.results import RESULTS, markdown_table, update_result, write_result
 from benchmarks.scenario import Scenario, load_scenario
 from benchmarks.serving.direct import running
 from benchmarks.serving.measure import Plan, measure
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("--path", choices=PATHS, default="channel", help="channel: what is shipped")
     parser.add_argument("--measure-s", type=float, default=20.0, help="seconds of each measurement")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--out", type=Path, help="default: serving.json, with --scenario cpu_serving.json, in results/")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         scenario = load_scenario(arguments.scenario) if arguments.scenario else None
@@ -80,10 +81,12 @@ def main() -> int:
         with path_to_engine(arguments.path, serve_file, Path(directory)) as url:
             figures = asyncio.run(measure(url, config, plan, check=scenario is None))
     if scenario:
-        update_result(arguments.out, {"scenarios": {plan.model: {arguments.path: figures}}})
+        out = arguments.out or RESULTS / "cpu_serving.json"
+        write_result(out, {"model": plan.model, "seed": plan.seed, "path": arguments.path, **figures})
     else:
         shipped = ("streams64_tok_s", "added_ttft_ms") if arguments.path == "channel" else ()
-        update_result(arguments.out, {**{key: figures[key] for key in shipped}, "paths": {arguments.path: figures}})
+        out = arguments.out or RESULTS / "serving.json"
+        update_result(out, {**{key: figures[key] for key in shipped}, "paths": {arguments.path: figures}})
     return _report(arguments.path, figures)
 
 
