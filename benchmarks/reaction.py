@@ -1,7 +1,7 @@
 """How soon a live cluster dims when a burst comes: from the queue's signal to the launch of the first dimmed step.
 
-The first model of deploy/serve/two-models.yaml on a real Ray cluster: a few requests run at level 0, then many come at
-once, over HTTP, ingress and router. What happened is read from what the replicas noted, by their own clocks: when each
+demo-moe on a real Ray cluster, with an SLO as short as its steps: a few requests run at level 0, then many at once come
+over HTTP, ingress and router. What happened is read from what the replicas noted, by their own clocks: when each
 request came, and each level change with the time since the launch before it. The queue's signal is the first moment
 after the last step that was launched at level 0, the queue being short enough then, at which a request of the burst was
 there: the step after it is the first that can know. Rows with live = true in results/control.json.
@@ -28,12 +28,14 @@ from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.record import RequestRecord
 from benchmarks.report import Slo, measure
 from benchmarks.results import RESULTS, markdown_table
-from benchmarks.simulator.validate import SERVE_FILE
+from benchmarks.scenario import REPOSITORY
 from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import Arrival, endless
 from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile, load_serve_file, parse_serve_document
 
+SERVE_FILE = REPOSITORY / "deploy/serve/demo.yaml"
+SLO = Slo(ttft_s=0.2, tpot_s=0.05)  # steps of two rows take 8 ms: a queue of the burst's 60 prompts breaks it
 SCENARIO_NAME = "cpu_reaction"
 PROMPT_TOKENS, OUTPUT_TOKENS = LengthRange(low=16, high=32), LengthRange(low=24, high=48)
 SEED = 7
@@ -58,7 +60,8 @@ class Reaction:
 
 
 def reaction_of(changes: Sequence[Note], requests: Sequence[Note], burst_s: float) -> Reaction | None:
-    """Of a burst sent at ``burst_s``, Unix time; None if a replica that was sent requests of it never dimmed."""
+    """Of a burst sent at ``burst_s``, Unix time; None if a replica that was sent requests of it never dimmed. One that
+    was dimmed already when they came had nothing to react to: 0, as in simulations."""
     came_s: dict[str, float] = {}
     for request in requests:
         at_s, replica_id = request["ended_at_s"] - request["duration_s"], request["replica_id"]
@@ -66,8 +69,12 @@ def reaction_of(changes: Sequence[Note], requests: Sequence[Note], burst_s: floa
             came_s[replica_id] = min(at_s, came_s.get(replica_id, at_s))
     reactions = []
     for replica_id, first_s in came_s.items():
-        rises = (c for c in changes if c["replica_id"] == replica_id and c["at_s"] >= first_s and not c["level_before"])
-        rise = next(rises, None)
+        own = [change for change in changes if change["replica_id"] == replica_id]
+        level = next((change["level"] for change in reversed(own) if change["at_s"] < first_s), 0)
+        if level:
+            reactions.append(Reaction(0.0, 0.0, 0.0, level))
+            continue
+        rise = next((change for change in own if change["at_s"] >= first_s), None)
         if rise is None:
             return None
         since_burst_s, step_s = rise["at_s"] - first_s, rise["since_launch_s"]
@@ -92,18 +99,30 @@ async def one_burst(client: CompletionClient, requests: Iterator[Arrival]) -> tu
     return await asyncio.gather(*tasks), burst_s, clock()
 
 
+def spent(cluster: LocalCluster) -> tuple[int, float]:
+    """(tokens computed, their quality loss in nats) by all replicas so far."""
+    reports = cluster.engine_handle().broadcast("report").results(timeout_s=TIMEOUT_S)
+    totals = [report.totals for report in reports]
+    return sum(t.prefill_tokens + t.decode_tokens for t in totals), sum(t.loss_nats for t in totals)
+
+
 def row_of(
-    seed: int, reaction: Reaction | None, num_moves: int, records: Sequence[RequestRecord], slo: Slo, duration_s: float
+    seed: int,
+    reaction: Reaction | None,
+    num_moves: int,
+    mean_loss: float,
+    records: Sequence[RequestRecord],
+    duration_s: float,
 ) -> dict[str, Any]:
     """A row of control.json."""
-    metrics = asdict(measure(records, slo, duration_s))
+    metrics = asdict(measure(records, SLO, duration_s))
     return {
         "scenario": SCENARIO_NAME,
         "law": "predictive",
         "seed": seed,
         "attainment": metrics["slo_attainment"],
         "violation_s": metrics["violation_s"],
-        "mean_loss": 0.0,  # random weights have none
+        "mean_loss": mean_loss,
         "moves_per_s": num_moves / duration_s,
         "reaction_s": reaction.reaction_s if reaction else None,
         "live": True,
@@ -114,17 +133,17 @@ def row_of(
     }
 
 
-def first_model(file: ServeFile, num_replicas: int) -> ServeFile:
-    """The file with its first model alone."""
-    document = deepcopy(file.document)
-    arguments = document["applications"][0]["args"]
-    arguments["models"] = [{**arguments["models"][0], "replicas": num_replicas}]
+def served(num_replicas: int) -> ServeFile:
+    """SERVE_FILE with this benchmark's SLO."""
+    document = deepcopy(load_serve_file(SERVE_FILE).document)
+    document["applications"][0]["args"] |= {"replicas": num_replicas, "slo": asdict(SLO)}
     return parse_serve_document(document)
 
 
 def measure_bursts(cluster: LocalCluster, num_bursts: int) -> list[dict[str, Any]]:
     """Rows of ``num_bursts`` bursts, after one that teaches the governors this machine's steps."""
-    model, slo, controller = cluster.model_info(), cluster.file.config.slo, cluster.controller
+    model, controller = cluster.model_info(), cluster.controller
+    start_s = time.time()
     requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, model.vocab_size, SEED)
 
     async def burst() -> tuple[list[RequestRecord], float, float]:
@@ -133,12 +152,16 @@ def measure_bursts(cluster: LocalCluster, num_bursts: int) -> list[dict[str, Any
 
     rows = []
     for seed in track(range(num_bursts + 1), description=f"bursts of {NUM_BURST} requests"):
+        tokens_before, nats_before = spent(cluster)
         records, burst_s, duration_s = asyncio.run(burst())
-        since_s, until_s = burst_s - QUIET_S, time.time()
-        changes = controller.level_changes(since_s, until_s)
-        reaction = reaction_of(changes, controller.requests_between(since_s, until_s, MAX_REQUESTS), burst_s)
+        tokens, nats = spent(cluster)
+        until_s = time.time()
+        changes = controller.level_changes(start_s, until_s)
+        reaction = reaction_of(changes, controller.requests_between(burst_s, until_s, MAX_REQUESTS), burst_s)
         if seed:
-            rows.append(row_of(seed, reaction, len(changes), records, Slo(slo.ttft_s, slo.tpot_s), duration_s))
+            num_moves = sum(change["at_s"] >= until_s - duration_s for change in changes)
+            mean_loss = (nats - nats_before) / max(tokens - tokens_before, 1)
+            rows.append(row_of(seed, reaction, num_moves, mean_loss, records, duration_s))
         time.sleep(PAUSE_S)
     return rows
 
@@ -153,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     with console.status("starting the cluster (half a minute)"):
-        cluster = LocalCluster.start(first_model(load_serve_file(SERVE_FILE), arguments.replicas))
+        cluster = LocalCluster.start(served(arguments.replicas))
     with cluster:
         rows = measure_bursts(cluster, arguments.bursts)
     save_rows(arguments.out / "control.json", SCENARIO_NAME, rows, live=True)

@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reaction import Reaction, first_model, reaction_of, row_of
-from benchmarks.report import Slo
-from benchmarks.simulator.validate import SERVE_FILE
-from cluster.serve_file import load_serve_file
+from benchmarks.reaction import SLO, Reaction, reaction_of, row_of, served
 
 BURST_S = 100.0
 
@@ -40,6 +37,8 @@ QUIET = came(99.0)
         ([change(100.03, 0, 1, 0.02), change(100.06, 0, 1, 0.05, "b")], [came(100.0), came(100.0, "b")],
          (0.05, 0.06, 0.05, 1)),
         ([change(100.03, 0, 1, 0.02)], [came(100.0), came(100.0, "b")], None),
+        # Dimmed already.
+        ([change(99.9, 0, 2, 0.02), change(100.1, 2, 4, 0.02)], [came(100.0)], (0.0, 0.0, 0.0, 2)),
         ([], [came(100.0)], None),
         ([], [QUIET], None),
     ],
@@ -57,12 +56,12 @@ def test_the_reaction(
 
 
 def test_a_row_tells_that_there_was_no_reaction() -> None:
-    assert row_of(1, None, 0, [], Slo(1.0, 1.0), 2.0)["reaction_s"] is None
-    row = row_of(1, Reaction(0.02, 0.03, 0.02, 4), 6, [], Slo(1.0, 1.0), 2.0)
+    assert row_of(1, None, 0, 0.0, [], 2.0)["reaction_s"] is None
+    row = row_of(1, Reaction(0.02, 0.03, 0.02, 4), 6, 0.01, [], 2.0)
     assert (row["live"], row["reaction_s"], row["level_first"], row["moves_per_s"]) == (True, 0.02, 4, 3.0)
 
 
-def test_one_model_of_the_file() -> None:
-    file = first_model(load_serve_file(SERVE_FILE), num_replicas=1)
-    assert (len(file.configs), file.num_replicas) == (1, 1)
-    assert file.config.slo == load_serve_file(SERVE_FILE).config.slo
+def test_what_is_served() -> None:
+    file = served(num_replicas=2)
+    assert (len(file.configs), file.num_replicas) == (1, 2)
+    assert (file.config.slo.ttft_s, file.config.slo.tpot_s) == (SLO.ttft_s, SLO.tpot_s)
