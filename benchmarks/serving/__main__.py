@@ -91,11 +91,12 @@ def main() -> int:
 
 
 def one_replica_at_level_0(scenario: Scenario) -> ServeFile:
-    """The scenario's application, as it is measured here."""
+    """The scenario's application with the first of its models, as it is measured here."""
     document = deepcopy(load_serve_file(scenario.serve_config_path).document)
     for application in document["applications"]:
         if application["import_path"] == IMPORT_PATH:
-            application["args"] |= {"replicas": 1, "controller": {"law": "static", "level": 0}}
+            first, *_ = application["args"].pop("models", [{}])
+            application["args"] |= first | {"replicas": 1, "controller": {"law": "static", "level": 0}}
     return parse_serve_document(document)
 
 
