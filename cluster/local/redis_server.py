@@ -80,7 +80,7 @@ class RedisServer:
         """Return once the server answers; RedisUnavailableError if it does not."""
         if not self.owned:
             _ping_external(self.url)
-        elif self.pid is None:
+        elif self._process is None or not self._answers_before_it_ends(self._process):
             self._start_private()
 
     def stop(self) -> None:
@@ -144,6 +144,16 @@ class RedisServer:
         except BrokenPipeError:
             pass  # it ended at once; the wait for readiness reports its last words
         return process
+
+    def _answers_before_it_ends(self, process: subprocess.Popen[bytes]) -> bool:
+        """A server that was just killed may be listed as running a little longer: it has to answer."""
+        try:
+            self._wait_until_ready(process)
+        except RedisUnavailableError:
+            if process.poll() is None:
+                raise
+            return False
+        return True
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
