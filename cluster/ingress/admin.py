@@ -12,8 +12,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.controller_host import NAMESPACE, actor_name
-from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
+from cluster.ingress.openai.body import Body
 from controller.laws.base import LawError
 
 TIMEOUT_S = 5.0

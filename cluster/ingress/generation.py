@@ -11,16 +11,16 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request, Response
 
 from cluster.ingress.admission import Admission, Permit
-from cluster.ingress.chat_responses import ChatEndpoint
-from cluster.ingress.chat_schemas import ChatBody
-from cluster.ingress.completion_responses import CompletionEndpoint
 from cluster.ingress.errors import ApiError, Outcome, json_response
-from cluster.ingress.jobs import Job, make_job
-from cluster.ingress.responses import Choice, Endpoint, usage_object
-from cluster.ingress.schemas import CompletionBody, GenerationBody, StreamOptions, parse_body
+from cluster.ingress.openai.chat_responses import ChatEndpoint
+from cluster.ingress.openai.chat_schemas import ChatBody
+from cluster.ingress.openai.completion_responses import CompletionEndpoint
+from cluster.ingress.openai.jobs import Job, make_job
+from cluster.ingress.openai.responses import Choice, Endpoint, usage_object
+from cluster.ingress.openai.schemas import CompletionBody, GenerationBody, StreamOptions, parse_body
+from cluster.ingress.openai.tool_calls import ToolCallParser
 from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.stream import EventStreamResponse, UsageEvents, generate_all, sse_events, without_answer
-from cluster.ingress.tool_calls import ToolCallParser
 from cluster.ingress.visit import Visit
 from engine.types import InvalidRequestError, ModelInfo, RequestOutput
 

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from cluster.ingress import answers
 from cluster.ingress.admin import PolicyBody
-from cluster.ingress.chat_schemas import ChatBody
-from cluster.ingress.schemas import CompletionBody
+from cluster.ingress.openai import answers
+from cluster.ingress.openai.chat_schemas import ChatBody
+from cluster.ingress.openai.schemas import CompletionBody
 from cluster.ingress.tokens import DetokenizeBody, TokenizeBody
 
 REFS = "#/components/schemas/{model}"

@@ -14,7 +14,7 @@ from cluster.ingress.admin import BrownoutAdmin, PolicyBody, shown
 from cluster.ingress.auth import Access
 from cluster.ingress.errors import ApiError, Outcome, error_response, json_response
 from cluster.ingress.metrics import render
-from cluster.ingress.schemas import parse_body
+from cluster.ingress.openai.schemas import parse_body
 from cluster.ingress.service import OpenAIService, ServedModel
 from cluster.ingress.visit import Visit
 from cluster.version import VERSION

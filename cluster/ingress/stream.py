@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.ingress.backend import Backend
 from cluster.ingress.errors import ApiError, Outcome, to_api_error
-from cluster.ingress.responses import Choice, Endpoint, running_usage, usage_object
+from cluster.ingress.openai.responses import Choice, Endpoint, running_usage, usage_object
 from cluster.ingress.stalls import StallWatch
 from cluster.transport.channel import ReplicaLostError
 from engine.types import FinishReason, GenerationRequest, InvalidRequestError, RequestOutput

@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, model_validator
 
-from cluster.ingress.body import Body
-from cluster.ingress.chat_schemas import ChatBody
 from cluster.ingress.errors import ApiError, Outcome, json_response
-from cluster.ingress.jobs import encode, render_chat
-from cluster.ingress.schemas import TokenId, parse_body
+from cluster.ingress.openai.body import Body
+from cluster.ingress.openai.chat_schemas import ChatBody
+from cluster.ingress.openai.jobs import encode, render_chat
+from cluster.ingress.openai.schemas import TokenId, parse_body
 from cluster.ingress.service import OpenAIService
 from cluster.ingress.visit import Visit
 

@@ -12,7 +12,7 @@ from cluster.ingress.admission import Admission, Permit
 from cluster.ingress.errors import Outcome
 from cluster.ingress.limits import ConcurrencyLimit
 from cluster.ingress.metrics import RequestCounter
-from cluster.ingress.responses import Choice
+from cluster.ingress.openai.responses import Choice
 from cluster.ingress.trace import take_request_id, take_trace
 from cluster.logs import fields
 from engine.types import GenerationRequest

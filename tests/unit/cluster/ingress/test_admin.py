@@ -9,7 +9,7 @@ import pytest
 
 from cluster.ingress.admin import PolicyBody
 from cluster.ingress.errors import ApiError
-from cluster.ingress.schemas import parse_body
+from cluster.ingress.openai.schemas import parse_body
 
 
 @pytest.mark.parametrize(

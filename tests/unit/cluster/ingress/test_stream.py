@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cluster.ingress.completion_responses import CompletionEndpoint
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.responses import Choice
+from cluster.ingress.openai.completion_responses import CompletionEndpoint
+from cluster.ingress.openai.responses import Choice
 from cluster.ingress.stream import UsageEvents, generate, generate_all, sse_events
 from cluster.reports import ReplicaReport
 from cluster.transport.channel import ReplicaLostError

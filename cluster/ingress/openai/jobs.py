@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.admission.tenants import Tenant, TenantLimits
-from cluster.ingress.chat_schemas import ChatBody, ChatMessage
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.grammars import answer_grammar, grammar_param
-from cluster.ingress.schemas import INT64, CompletionBody, GenerationBody
+from cluster.ingress.openai.chat_schemas import ChatBody, ChatMessage
+from cluster.ingress.openai.grammars import answer_grammar, grammar_param
+from cluster.ingress.openai.schemas import INT64, CompletionBody, GenerationBody
 from engine.text.tokenizer import Tokenizer
 from engine.types import GenerationRequest, ModelInfo, SamplingParams, ServiceClass
 

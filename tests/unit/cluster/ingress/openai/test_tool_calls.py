@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.ingress.tool_calls import ToolCallParser
+from cluster.ingress.openai.tool_calls import ToolCallParser
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": "x}\\"<tool_call>", "b": [{"c": 1}]}}\n</tool_call>'
 TWO = f'{ONE}\n<tool_call>\n{{"name": "g", "arguments": {{}}}}\n</tool_call>'

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.schemas import GenerationBody
+from cluster.ingress.openai.body import Body
+from cluster.ingress.openai.schemas import GenerationBody
 
 TEXT_PART = {
     "type": "object",

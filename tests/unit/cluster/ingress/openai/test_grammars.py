@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from cluster.ingress.chat_schemas import ChatBody
 from cluster.ingress.errors import ApiError
-from cluster.ingress.grammars import answer_grammar
-from cluster.ingress.schemas import parse_body
+from cluster.ingress.openai.chat_schemas import ChatBody
+from cluster.ingress.openai.grammars import answer_grammar
+from cluster.ingress.openai.schemas import parse_body
 from tests.models import DEMO_MODEL
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

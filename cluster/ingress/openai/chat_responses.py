@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.ingress.responses import MIN_LOGPROB, Choice, Endpoint, finish_reason
-from cluster.ingress.tool_calls import Found
+from cluster.ingress.openai.responses import MIN_LOGPROB, Choice, Endpoint, finish_reason
+from cluster.ingress.openai.tool_calls import Found
 from engine.types import FinishReason, RequestOutput, TokenLogprob
 
 

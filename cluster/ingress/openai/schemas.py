@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from cluster.ingress.answer_forms import Choices, Form, ResponseFormat, StructuredOutputs, Text, take_form
-from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
+from cluster.ingress.openai.answer_forms import Choices, Form, ResponseFormat, StructuredOutputs, Text, take_form
+from cluster.ingress.openai.body import Body
 from engine.types import SamplingParams
 
 INT64 = 2**63

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.ingress.responses import MIN_LOGPROB, Choice, Endpoint, finish_reason
+from cluster.ingress.openai.responses import MIN_LOGPROB, Choice, Endpoint, finish_reason
 from engine.types import RequestOutput, TokenLogprob
 
 

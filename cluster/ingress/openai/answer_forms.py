@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from cluster.ingress.body import Body
 from cluster.ingress.errors import ApiError, Outcome
+from cluster.ingress.openai.body import Body
 
 MAX_GRAMMAR_CHARACTERS = 128 * 1024  # of a regular expression or a grammar; larger ones take seconds to compile
 

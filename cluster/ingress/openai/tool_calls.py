@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from cluster.ingress.grammars import CALL_BEGIN, CALL_END
+from cluster.ingress.openai.grammars import CALL_BEGIN, CALL_END
 
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.ingress.tool_calls import ToolCallParser
+from cluster.ingress.openai.tool_calls import ToolCallParser
 from engine.types import BrownoutUsage, FinishReason, RequestOutput, TokenLogprob, Usage
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's value for a token that cannot be

@@ -20,10 +20,10 @@ from typing import Any, cast
 
 from llguidance import LLMatcher, StructTag, grammar_from
 
-from cluster.ingress.answer_forms import Form, Tag, TagContent
-from cluster.ingress.chat_schemas import ChatBody, Tool
 from cluster.ingress.errors import ApiError, Outcome
-from cluster.ingress.schemas import GenerationBody
+from cluster.ingress.openai.answer_forms import Form, Tag, TagContent
+from cluster.ingress.openai.chat_schemas import ChatBody, Tool
+from cluster.ingress.openai.schemas import GenerationBody
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 # Bounded: models that are unsure may else write spaces for ever.
