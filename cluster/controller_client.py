@@ -14,7 +14,8 @@ TIMEOUT_S = 30.0  # Ray holds calls back while the actor restarts
 
 
 class ControllerClient:
-    """Needs a process connected to the cluster (``ray.init``). Raises ClusterError when there is no controller."""
+    """Needs a process connected to the cluster (``ray.init``). Raises ClusterError when there is no controller,
+    or when it does not answer."""
 
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name
@@ -78,6 +79,11 @@ class ControllerClient:
             return ray.get(getattr(self._actor, method).remote(*args), timeout=TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the controller raised, not Ray's account of it
+        except ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"the controller of {self._app_name!r} did not answer within {TIMEOUT_S:g} s: it hangs or is being "
+                "restarted; replicas go on with their last setting"
+            ) from error
 
 
 def _by_end(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

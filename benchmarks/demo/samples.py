@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.scenario import SampleSection
 from cluster.controller_client import ControllerClient
 
-APPLY_TIMEOUT_S = 10.0
+APPLY_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.errors import ClusterError
 from cluster.local.cluster import LocalCluster
 from cluster.reports import ReplicaReport
 from tests.e2e.conftest import MODEL, Metrics, running_replicas
@@ -104,6 +105,20 @@ def test_controller_killed(cluster: LocalCluster) -> None:
     until(lambda: all_replicas_follow(cluster))
     usage = httpx.post(f"{cluster.url}/v1/completions", json=COMPLETION, timeout=60).json()["usage"]
     assert usage["brownout"]["setting_version"] == model_status(cluster)["version"]
+
+
+def test_a_controller_that_hangs_is_one_sentence(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = cluster.controller
+    pid = controller.pid()
+    monkeypatch.setattr("cluster.controller_client.TIMEOUT_S", 0.5)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ClusterError, match="did not answer within"):
+            controller.status()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    monkeypatch.undo()
+    until(lambda: all_replicas_follow(cluster))
 
 
 def test_redis_killed_and_restarted(cluster: LocalCluster) -> None:
