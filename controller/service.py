@@ -278,7 +278,7 @@ class ControllerService:
             self._redis_ok = True
         except SupersededError as error:
             self._stand_down(str(error))
-        except (RedisError, OSError) as error:
+        except Exception as error:  # whatever a lost connection makes the client raise: the next save tries again
             if self._redis_ok or not self.address:
                 log.warning("controller state is not being saved: %s", error)
             self._redis_ok = False

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +149,7 @@ class TelemetryAgent:
         finally:
             reporter.cancel()
             call.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(reporter, return_exceptions=True)
+            await asyncio.gather(reporter, return_exceptions=True)  # a cancellation that comes now is for us
 
     async def _report(self, call: Any) -> None:
         while True:

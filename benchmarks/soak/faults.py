@@ -7,17 +7,22 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
-from cluster.local.cluster import LocalCluster
+from cluster.local.cluster import LocalCluster, ServeUnavailableError
 
 NUM_REPLICAS = 2
+WHOLE_TIMEOUT_S = 120.0  # for a lost replica to be replaced, before the next one is killed
 REDIS_RESTARTS = (1 / 3, 2 / 3)  # of the run
 REDIS_AWAY_S = 2.0
 
 
 def running_pids(cluster: LocalCluster, deployment: str) -> list[int]:
-    """Of the replicas that serve."""
-    app = cluster.serve_details()["applications"][cluster.file.app_name]
+    """Of the replicas that serve; none while Serve cannot be asked."""
+    try:
+        app = cluster.serve_details()["applications"].get(cluster.file.app_name, {"deployments": {}})
+    except ServeUnavailableError:
+        return []
     replicas = app["deployments"].get(deployment, {"replicas": []})["replicas"]
     return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING" and replica["pid"]]
 
@@ -43,8 +48,13 @@ class Faults:
             await asyncio.to_thread(fault)
 
     def _kill(self) -> None:
-        pids = running_pids(self._cluster, "EngineReplica")
-        if len(pids) == NUM_REPLICAS:  # never the last one: a cluster without replicas serves nobody
+        """Never the last one: a cluster without replicas serves nobody."""
+        deadline_s = time.monotonic() + WHOLE_TIMEOUT_S
+        while len(pids := running_pids(self._cluster, "EngineReplica")) < NUM_REPLICAS:
+            if time.monotonic() > deadline_s:
+                return
+            time.sleep(0.2)
+        with suppress(ProcessLookupError):  # it has just gone by itself
             os.kill(self._draw.choice(sorted(pids)), signal.SIGKILL)
             self.num_kills += 1
 

@@ -19,6 +19,7 @@ from benchmarks.soak.faults import NUM_REPLICAS
 from cluster.local.cluster import LocalCluster
 
 SETTLE_TIMEOUT_S = 180.0
+KEYS_TIMEOUT_S = 30.0  # many times any lease
 MEMORY_GROWTH_BYTES = 48 * 2**20  # over the second half of the run, by the medians of its quarters; allocators breathe
 EXTRA_FDS = 16  # connections that are kept open for a while
 
@@ -50,7 +51,8 @@ async def settled(cluster: LocalCluster, ingress_pid: int, max_fds: int) -> dict
     HAProxy keeps idle connections to the ingress for half a minute, hence the wait for file descriptors.
     """
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-    async with aiohttp.ClientSession() as session:
+    # Each look on a connection of its own: the proxy may close a kept one at the moment of the next look.
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         while True:
             async with session.get(f"{cluster.url}/metrics") as response:
                 metrics = totals(await response.text())
@@ -75,10 +77,14 @@ def totals(page: str) -> dict[str, int]:
 
 
 def num_foreign_keys(cluster: LocalCluster) -> int:
-    """Router keys in Redis that belong to no replica that runs."""
-    time.sleep(3.0)  # longer than any lease
+    """Router keys in Redis that belong to no replica that runs, and stay."""
+    deadline_s = time.monotonic() + KEYS_TIMEOUT_S
     with Redis.from_url(cluster.redis.url) as store:
-        return max(0, sum(1 for _ in store.scan_iter("*:router}*")) - NUM_REPLICAS)
+        while (num_foreign := len(set(store.scan_iter("*:router}*"))) - NUM_REPLICAS) > 0:
+            if time.monotonic() > deadline_s:
+                return num_foreign
+            time.sleep(0.2)
+    return 0
 
 
 def memory_growth_bytes(samples: Sequence[ProcessSample]) -> int:

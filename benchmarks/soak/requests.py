@@ -17,6 +17,7 @@ from benchmarks.loadgen.sse import SseParser
 from benchmarks.tiny import MODEL
 from benchmarks.workloads.lengths import LengthRange
 from benchmarks.workloads.workload import endless
+from cluster.ingress.trace import REQUEST_ID_HEADER
 
 KINDS = ("bad", *["abandoned"] * 2, *["read"] * 17)  # of every twenty requests, in an order that is drawn
 PROMPT_TOKENS = LengthRange(8, 96)
@@ -39,6 +40,7 @@ class Endings:
     outcomes: Counter[str] = field(default_factory=Counter)
     num_sent: int = 0
     num_hung: int = 0
+    num_by_proxy: int = 0  # refused by the proxy in front, unseen by the ingress
     unexpected: list[str] = field(default_factory=list)  # the first few
 
     def note(self, outcome: str, unexpected: str = "") -> None:
@@ -79,8 +81,13 @@ class SoakClient:
         headers = {"content-type": "application/json"}
         async with self._session.post(self._url, data=body, headers=headers) as response:
             text = await response.text()
+            if response.status == 503:
+                self._endings.num_by_proxy += REQUEST_ID_HEADER not in response.headers
+                return self._endings.note("busy")
             right = response.status == status and "error" in json.loads(text)
-            self._endings.note("refused" if right else "wrong_status", "" if right else f"{response.status} {text}")
+            return self._endings.note(
+                "refused" if right else "wrong_status", "" if right else f"{response.status} {text}"
+            )
 
     async def _stream(self, leaves: bool) -> None:
         arrival = next(self._requests)
@@ -88,6 +95,7 @@ class SoakClient:
         parser, num_events, num_tokens = SseParser(), 0, 0
         async with self._session.post(self._url, json=completion_body(MODEL, arrival)) as response:
             if response.status != 200:
+                self._endings.num_by_proxy += REQUEST_ID_HEADER not in response.headers
                 return self._refused(response.status, await response.text())
             async for chunk in response.content.iter_any():
                 for data in parser.feed(chunk):

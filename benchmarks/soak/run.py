@@ -25,14 +25,16 @@ from benchmarks.soak.leftovers import (
     settled,
     watch_process,
 )
-from benchmarks.soak.requests import HUNG_S, OUTPUT_TOKENS, PROMPT_TOKENS, VOCAB_SIZE, Endings, SoakClient
+from benchmarks.soak.requests import HUNG_S, KINDS, OUTPUT_TOKENS, PROMPT_TOKENS, VOCAB_SIZE, Endings, SoakClient
 from benchmarks.tiny import MODEL, tiny_serve_file
 from benchmarks.workloads.workload import endless
 from cluster.local.cluster import LocalCluster
 from cluster.local.processes import free_ports
 
 NUM_STREAMS = 64
+MIN_MEASURED = 16  # answers: of fewer a capacity says little, and of none nothing
 LOAD = 0.8  # of the capacity measured at the start
+MIN_REQUESTS = 4 * len(KINDS)  # also on a machine that has hardly any time for them: of every kind, some
 NUM_KILLS = 10
 
 
@@ -53,7 +55,7 @@ async def soak(
     await asyncio.sleep(1.0)
     before = await settled(cluster, ingress_pid, 0)
     fds_before = sample_process(ingress_pid, 0.0).num_fds
-    req_s = LOAD * capacity_tok_s / OUTPUT_TOKENS.mean
+    req_s = max(LOAD * capacity_tok_s / OUTPUT_TOKENS.mean, MIN_REQUESTS / duration_s)
     endings, samples, faults = Endings(), [], Faults(cluster, duration_s, num_kills, draw)
     watching = asyncio.create_task(watch_process(ingress_pid, samples, duration_s / 100))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -64,7 +66,7 @@ async def soak(
         await faulting
     watching.cancel()
     after = await settled(cluster, ingress_pid, fds_before + EXTRA_FDS)
-    sent, counted = endings.num_sent, after["http_requests"] - before["http_requests"]
+    sent, counted = endings.num_sent, after["http_requests"] - before["http_requests"] + endings.num_by_proxy
     leaked = {
         "unaccounted_requests": abs(sent - sum(endings.outcomes.values())) + abs(sent - counted),
         "slots": after["running_requests"] + after["waiting_requests"] + after["http_requests_held"],
@@ -92,10 +94,16 @@ async def soak(
 
 
 async def measure_capacity_tok_s(url: str, measure_s: float) -> float:
+    """Over ``measure_s``, or as much longer as a slow machine needs for MIN_MEASURED answers."""
     async with CompletionClient(url, MODEL, HUNG_S) as client:
-        spec = ClosedLoop(NUM_STREAMS, ramp_s=2.0, measure_s=measure_s)
         requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, 1)
-        return throughput(await run_closed_loop(client.send, requests, spec), spec).tok_s
+        while True:
+            spec = ClosedLoop(NUM_STREAMS, ramp_s=2.0, measure_s=measure_s)
+            records = await run_closed_loop(client.send, requests, spec)
+            num_measured = sum(spec.ramp_s <= (record.last_token_s or 0.0) < spec.end_s for record in records)
+            if measure_s >= HUNG_S or num_measured >= MIN_MEASURED or not all(record.completed for record in records):
+                return throughput(records, spec).tok_s
+            measure_s *= 2
 
 
 async def offer(client: SoakClient, req_s: float, duration_s: float, draw: random.Random, progress: Progress) -> None:

@@ -75,3 +75,5 @@ def _read(store: KeyStore) -> list[KeyRecord] | KeyStoreError | None:
         return store.load()
     except KeyStoreError as error:
         return error
+    except Exception as error:  # the watch must outlive whatever a lost connection makes a client raise
+        return KeyStoreError(f"a key store failed: {error!r}")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 from pydantic import TypeAdapter
-from redis.exceptions import RedisError
 
 from cluster.router.loads import connect, end
 from controller.arbiter import ArbiterObservation
@@ -54,7 +53,7 @@ class PromiseReader:
                 texts = await self._client.mget(self._keys)
                 self._promises = {model: _parse(text) for model, text in zip(self._models, texts, strict=True) if text}
                 self._read_s = time.monotonic()
-            except (RedisError, OSError, ValueError) as error:
+            except Exception as error:  # whatever a lost connection or a stranger's key makes of it
                 logger.debug("no promises: %s", error)
             await asyncio.sleep(POLL_S)
 

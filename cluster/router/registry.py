@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from redis.exceptions import RedisError
-
 from cluster.router.loads import connect, decode, end, load_key, picks_key
 from cluster.router.policy import Picked, ReplicaLoad
 
@@ -97,7 +95,7 @@ class LoadRegistry:
         await self._client.aclose()
 
     async def exchange(self) -> None:
-        """Tell the own picks, read all picks and all watched loads. Raises RedisError, OSError or ValueError."""
+        """Tell the own picks, read all picks and all watched loads. Raises what the client raises, or ValueError."""
         replica_ids = self._replica_ids
         if not replica_ids:
             return
@@ -129,7 +127,7 @@ class LoadRegistry:
             try:
                 await self.exchange()
                 self._close_breaker()
-            except (RedisError, OSError, ValueError, TypeError) as error:
+            except Exception as error:  # whatever a lost connection or a stranger's key makes of it: routing goes on
                 self._untold.clear()  # old news by the time Redis is back
                 self._count_failure(error)
             self._has_tried.set()

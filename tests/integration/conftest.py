@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cluster.local.redis_server import RedisServer
-from tests.integration.control_harness import Cluster
+from tests.integration.control_harness import Cluster, make_patient
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
+    make_patient(monkeypatch)
     with RedisServer(tmp_path) as redis:
         cluster = Cluster(redis)
         yield cluster

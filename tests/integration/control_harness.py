@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.local.redis_server import RedisServer
 from controller.config import ControllerConfig
 from controller.service import ControllerService
@@ -18,6 +20,7 @@ from engine.config import SloConfig
 from engine.telemetry import StepRecord, StepWindow, TelemetryRecorder
 from engine.types import BrownoutSetting, EngineStats, Levels, ModelInfo, ServiceClass
 
+PATIENCE_S = 60.0
 MODEL = ModelInfo("model", 1000, 512, 64, 16, num_levels=5, ladder_measured=True)
 CONFIG = ControllerConfig(law="static", level=1, tick_s=0.05, lease_s=1.0)
 
@@ -127,6 +130,14 @@ class Cluster:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+def make_patient(patch: pytest.MonkeyPatch) -> None:
+    """Let controllers of this process wait for their Redis, however busy the machine is: an epoch claimed by a call
+    that timed out is skipped, and lives are not numbered one by one. A Redis that is killed is noticed all the same.
+    """
+    patch.setattr("controller.service.RESTORE_TIMEOUT_S", PATIENCE_S)
+    patch.setattr("controller.settings.TIMEOUT_S", PATIENCE_S)
 
 
 class TcpProxy:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 
+import pytest
 from pydantic import TypeAdapter
 
 from controller.config import ControllerConfig
 from controller.service import ControllerService
+from tests.integration.control_harness import make_patient
 
 
 async def main(redis_url: str, config: str) -> None:
@@ -18,4 +20,5 @@ async def main(redis_url: str, config: str) -> None:
 
 
 if __name__ == "__main__":
+    make_patient(pytest.MonkeyPatch())
     asyncio.run(main(*sys.argv[1:]))

@@ -32,7 +32,7 @@ from controller.planner import PlannerParams
 from controller.settings import plan_key
 from engine.types import GenerationRequest
 from tests.certificates import certificate
-from tests.integration.control_harness import CONFIG, Cluster
+from tests.integration.control_harness import CONFIG, Cluster, make_patient
 from tests.waiting import until_async
 
 HOST = "localhost"  # the name that the certificate is for
@@ -136,8 +136,9 @@ async def test_router_and_loads(url: str, tls: TlsTerminator) -> None:
     assert await routed(url)
 
 
-async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str) -> None:
+async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one controller saves another one finds; the planned number of replicas is read; a key is kept."""
+    make_patient(monkeypatch)
     cluster = Cluster(server)
     try:
         planner = PlannerParams(min_replicas=1, max_replicas=3)

@@ -56,7 +56,7 @@ async def test_without_them_no_setting_is_had(cluster: Cluster, security: Stream
     right = await cluster.start_replica("right", credentials=credentials)
     await until_async(lambda: len(right.received) > 4)  # several times as long as a connection takes
     assert [replica.received for replica in wrong] == [[]] * len(WRONG)
-    assert list(service.status()["models"]["model"]["replicas"]) == ["right"]
+    await until_async(lambda: list(service.status()["models"]["model"]["replicas"]) == ["right"])
 
 
 async def test_without_either_the_log_says_who_can_reach_it(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
