@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 STALLED_S = 4.0  # an engine whose thread has come round neither to a step nor to idling for so long is wedged ...
 STALLED_STEPS = 20  # ... unless its steps take long: then so many times the predicted step
+LOOK_S = 1.0  # at most so much of it is counted between two looks at its health: in a longer pause nobody ran
 IDLE_POLL_S = 0.5  # how often an idle engine thread refreshes its stats
 STOP_TIMEOUT_S = 5.0  # for the step under way; a wedged thread is left behind, it ends with the process
 
@@ -55,7 +56,8 @@ class AsyncEngine:
         self._outbox = Outbox(config.stream_interval_s)
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._stats = EngineStats()
-        self._last_step_s = time.monotonic()
+        self._last_step_s = self._seen_step_s = self._looked_s = time.monotonic()
+        self._stalled_s = 0.0
         self._stopping = False
         self._failure: BaseException | None = None
         self._engine: Engine
@@ -186,15 +188,27 @@ class AsyncEngine:
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine thread has died or makes no progress, whether or not it has requests:
-        those of a wedged engine are taken from it, and it must not look well again because of that.
+        those of a wedged engine are taken from it, and it must not look well again because of that. To be called
+        once a second or more often.
         """
         if self._failure is not None:
             raise EngineDeadError(f"the engine has stopped: {self._failure}") from self._failure
         if self._stopping:
             raise EngineDeadError("the engine is stopping")
-        stalled_s = time.monotonic() - self._last_step_s
-        if stalled_s > max(STALLED_S, STALLED_STEPS * self._stats.predicted_step_s):
-            raise EngineDeadError(f"the engine has made no progress for {stalled_s:.0f} s")
+        self._note_progress()
+        if self._stalled_s > max(STALLED_S, STALLED_STEPS * self._stats.predicted_step_s):
+            raise EngineDeadError(f"the engine has made no progress for {self._stalled_s:.0f} s")
+
+    def _note_progress(self) -> None:
+        """How long the engine thread has been seen not to come round. Where the whole process was suspended, the event
+        loop may go on before the engine thread does: that engine is well.
+        """
+        now_s, last_step_s = time.monotonic(), self._last_step_s
+        if last_step_s != self._seen_step_s:
+            self._seen_step_s, self._stalled_s = last_step_s, 0.0
+        else:
+            self._stalled_s += min(now_s - self._looked_s, LOOK_S)
+        self._looked_s = now_s
 
     @property
     def info(self) -> ModelInfo:
