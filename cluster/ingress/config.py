@@ -15,7 +15,8 @@ class IngressSection(Section):
     ``body_timeout_s``, and a client that takes nothing of its stream for ``send_timeout_s`` loses it. What the proxy in
     front allows, headers and connections, is set in its environment: see deploy/ray/haproxy.sh.
     ``admin_token`` is what PUT /v1/brownout asks for; empty: brownout is pinned with the CLI only. Where API keys are
-    asked for, /metrics and GET /v1/brownout take it too.
+    asked for, /metrics and GET /v1/brownout take it too. ``allowed_origins``: of which pages a browser may read the
+    API's answers; "*": of any.
     """
 
     num_replicas: int = Field(default=1, ge=1)
@@ -27,3 +28,4 @@ class IngressSection(Section):
     send_timeout_s: float = Field(default=30.0, gt=0)
     max_stream_s: float = Field(default=3600.0, gt=0)
     admin_token: str = ""
+    allowed_origins: list[str] = Field(default_factory=list)

@@ -10,6 +10,7 @@ from functools import cache
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from cluster.ingress import generation, operations, tokens
 from cluster.ingress.errors import json_response
@@ -31,6 +32,10 @@ def create_api(service: OpenAIService) -> FastAPI:
     api.openapi = cache(lambda: document(api.title, api.version))  # type: ignore[method-assign]
     for group in (generation, tokens, operations):
         group.add_routes(api, service)
+    if origins := service.config.allowed_origins:
+        api.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
 
     @api.exception_handler(HTTPException)
     async def unknown_route(request: Request, error: HTTPException) -> Response:

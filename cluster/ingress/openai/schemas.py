@@ -86,7 +86,7 @@ class GenerationBody(Body):
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
-    model: str
+    model: str | None = None  # the first one that the API key's tenant may use
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

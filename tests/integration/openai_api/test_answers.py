@@ -23,6 +23,12 @@ async def test_models(api: openai.AsyncOpenAI) -> None:
         await api.models.retrieve("other")
 
 
+async def test_without_a_name_the_first_model_answers(client: httpx.AsyncClient) -> None:
+    body = {name: value for name, value in COMPLETION.items() if name != "model"}
+    answer = await post(client, "completions", body)
+    assert (answer.status_code, answer.json()["model"]) == (200, MODEL)
+
+
 async def test_completion_equals_the_engine_and_counts_tokens(api: openai.AsyncOpenAI, engine: AsyncEngine) -> None:
     answer = await api.completions.create(**COMPLETION)
     prompt_tokens = len(engine.tokenizer.encode(COMPLETION["prompt"]))

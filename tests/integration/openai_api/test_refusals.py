@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REFUSALS: list[tuple[str, Any, int, str | None]] = [
     ("completions", {**COMPLETION, "model": "other"}, 404, "model"),
-    ("completions", {name: COMPLETION[name] for name in ("prompt", "max_tokens")}, 400, "model"),
+    ("completions", {**COMPLETION, "model": 5}, 400, "model"),
     ("completions", b'{"model": ', 400, None),
     ("completions", b"", 400, None),
     ("completions", b"[1, 2]", 400, None),
