@@ -27,7 +27,7 @@ async def test_only_allowed_pages_may_ask_and_read(engine: AsyncEngine, allowed:
     transport = httpx.ASGITransport(create_api(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         asked = await client.options("/v1/completions", headers={"origin": origin, **PREFLIGHT})
-        answers = [
+        refused, answered = [
             await client.post("/v1/completions", json=body, headers={"origin": origin}) for body in ({}, COMPLETION)
         ]
     assert (asked.status_code == 200) is may
