@@ -48,7 +48,10 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(params=["file", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, redis: RedisServer) -> KeyStore:
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> KeyStore:
+    monkeypatch.setattr("cluster.admission.key_store.TIMEOUT_S", 60.0)  # no answer comes too late
     return FileKeyStore(tmp_path / "keys.json") if request.param == "file" else RedisKeyStore(redis.url, tmp_path.name)
 
 

@@ -23,6 +23,7 @@ from redis.crc import key_slot
 from cluster.admission.key_store import RedisKeyStore
 from cluster.admission.keys import new_key
 from cluster.autoscaling import APP, PlannedReplicas
+from cluster.local.processes import free_ports
 from cluster.local.redis_server import RedisServer, RedisUnavailableError, resolve_redis
 from cluster.router.loads import LoadPublisher
 from cluster.router.policy import ReplicaLoad
@@ -33,7 +34,7 @@ from controller.settings import plan_key
 from engine.types import GenerationRequest
 from tests.certificates import certificate
 from tests.integration.control_harness import CONFIG, Cluster, make_patient
-from tests.waiting import until_async
+from tests.waiting import TIMEOUT_S, until_async
 
 HOST = "localhost"  # the name that the certificate is for
 GROUP, PREFIX = "app:engines", "app"
@@ -47,7 +48,7 @@ class TlsTerminator:
     def __init__(self, target_port: int, context: ssl.SSLContext) -> None:
         self._target_port = target_port
         self._context = context
-        self._port = 0
+        (self._port,) = free_ports(1)
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
 
@@ -58,7 +59,6 @@ class TlsTerminator:
     async def start(self) -> None:
         """Again on the same port if it has been stopped."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=self._context)
-        self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         assert self._server is not None
@@ -66,7 +66,7 @@ class TlsTerminator:
         serving = [task for task in self._connections.values() if task is not None]
         for writer in self._connections:
             writer.transport.abort()
-        await asyncio.gather(*serving)
+        await asyncio.gather(*serving, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
@@ -81,6 +81,15 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(data)
             await writer.drain()
     writer.close()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer of Redis comes too late, however busy the machine is."""
+    make_patient(monkeypatch)
+    for module in ("cluster.admission.key_store", "cluster.router.loads"):
+        monkeypatch.setattr(f"{module}.TIMEOUT_S", 60.0)
+    monkeypatch.setattr("cluster.local.redis_server.CONNECT_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture
@@ -109,7 +118,7 @@ def url(server: RedisServer, tls: TlsTerminator, tmp_path: Path) -> str:
     return f"rediss://:{urlsplit(server.url).password}@{HOST}:{tls.port}/0?ssl_ca_certs={tmp_path / 'ca'}"
 
 
-async def routed(url: str, seconds: float = 60.0) -> set[str]:
+async def routed(url: str, seconds: float = TIMEOUT_S) -> set[str]:
     """The replicas of which a router knows the load, once it knows any, or after a while."""
     publishers = [
         LoadPublisher(url, GROUP, name, lambda sequence: replace(LOAD, sequence=sequence)) for name in REPLICAS
@@ -136,9 +145,8 @@ async def test_router_and_loads(url: str, tls: TlsTerminator) -> None:
     assert await routed(url)
 
 
-async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str) -> None:
     """What one controller saves another one finds; the planned number of replicas is read; a key is kept."""
-    make_patient(monkeypatch)
     cluster = Cluster(server)
     try:
         planner = PlannerParams(min_replicas=1, max_replicas=3)
@@ -150,7 +158,7 @@ async def test_settings_ledger_plan_and_keys(server: RedisServer, url: str, monk
         await until_async(lambda: service.decisions(50))
         epoch, model = service.status()["epoch"], service.status()["models"]["model"]
         client = Redis.from_url(url)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(TIMEOUT_S):
             while await client.get(plan_key(PREFIX, "model")) is None:
                 await asyncio.sleep(0.02)
         policy = PlannedReplicas(plan_key(APP, "model"), url)

@@ -15,7 +15,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from cluster.local.redis_server import RedisServer
-from cluster.router.loads import TIMEOUT_S, LoadPublisher, load_key
+from cluster.router.loads import LoadPublisher, load_key
 from cluster.router.policy import ReplicaLoad
 from cluster.router.registry import LoadRegistry
 from cluster.router.router import Router, home_of
@@ -27,6 +27,14 @@ APP = "app"
 REPLICAS = ("a", "b", "c")
 REQUEST = GenerationRequest("r", (1, 2, 3))
 LOAD = ReplicaLoad(0, 0, 0, max_num_seqs=8, queued_prefill_tokens=0, max_num_batched_tokens=256, kv_used_frac=0.0)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been published stays known, and no answer of Redis comes too late, however busy the machine is."""
+    monkeypatch.setattr("cluster.router.loads.LEASE_S", 600.0)
+    monkeypatch.setattr("cluster.router.loads.TIMEOUT_S", 60.0)
+    monkeypatch.setattr("cluster.router.registry.STALE_S", 600.0)
 
 
 @pytest_asyncio.fixture
@@ -72,6 +80,7 @@ async def ingress(redis: RedisServer) -> AsyncIterator[Ingress]:
     await ingress.registry.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     loads["a"] = replace(LOAD, num_running=6)
     loads["b"] = replace(LOAD, num_running=8, num_waiting=9)
@@ -80,10 +89,11 @@ async def test_the_least_loaded_replica_is_picked(ingress: Ingress, loads: dict[
     assert ingress.send() == "c"
 
 
+@pytest.mark.usefixtures("patient")
 async def test_the_first_request_of_a_process_knows_the_loads_too(
     redis: RedisServer, ingress: Ingress, loads: dict[str, ReplicaLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.router.router.FIRST_LOADS_S", 10.0)  # however busy the machine is
+    monkeypatch.setattr("cluster.router.router.FIRST_LOADS_S", 60.0)  # however busy the machine is
     loads |= {"a": replace(LOAD, num_running=6), "b": replace(LOAD, num_running=8, num_waiting=9)}
     older = LoadRegistry(redis.url, APP)
     older.watch(REPLICAS)
@@ -103,17 +113,19 @@ async def test_the_first_request_does_not_wait_for_a_redis_that_hangs(
         ingress = Ingress(f"redis://:{password}@{proxy.address}/0")
         started_s = time.monotonic()
         await ingress.router.wait_for_loads(REPLICAS)
-        assert time.monotonic() - started_s < 20
+        assert time.monotonic() - started_s < 55
         assert ingress.send() in REPLICAS
         await ingress.registry.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_simultaneous_requests_spread_evenly(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     ingress.registry.watch(REPLICAS)
     await until_async(lambda: len(ingress.registry.loads()) == 3)
     assert Counter(ingress.send() for _ in range(30)) == dict.fromkeys(REPLICAS, 10)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_session_and_a_prompt_stay_where_they_were(ingress: Ingress, loads: dict[str, ReplicaLoad]) -> None:
     ingress.registry.watch(REPLICAS)
     await until_async(lambda: len(ingress.registry.loads()) == 3)
@@ -139,9 +151,10 @@ async def test_redis_dies_and_comes_back(redis: RedisServer, ingress: Ingress, l
 
 
 async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
-    redis: RedisServer, loads: dict[str, ReplicaLoad]
+    redis: RedisServer, loads: dict[str, ReplicaLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop, on which requests are routed, stays free as well."""
+    monkeypatch.setattr("cluster.router.loads.TIMEOUT_S", 2.0)  # of the calls that a pick does not wait for
     password, place = urlsplit(redis.url).password, f"127.0.0.1:{urlsplit(redis.url).port}"
     async with TcpProxy(place) as proxy:
         ingress = Ingress(f"redis://:{password}@{proxy.address}/0")
@@ -154,7 +167,7 @@ async def test_a_redis_that_answers_late_or_hangs_holds_up_no_pick(
             ingress.send()
             await asyncio.sleep(0.005)
         assert set(ingress.held.values()) == {20}
-        assert time.monotonic() - started_s < 30 * TIMEOUT_S  # picks that wait for Redis would take twice that
+        assert time.monotonic() - started_s < 60  # picks that wait for Redis would take twice that
         proxy.heal()
         await until_async(lambda: len(ingress.registry.loads()) == 3)
         await ingress.registry.close()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -62,19 +63,30 @@ def answer(client: socket.socket) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), json.loads(body)
 
 
+def is_answered(client: socket.socket) -> bool:
+    return bool(select.select([client], [], [], 0)[0])
+
+
 def test_slow_bodies_are_refused_and_give_their_places_back(api: ServedApi) -> None:
-    with closing(connect(api)) as silent, closing(connect(api)) as slow, closing(connect(api)) as third:
-        for client in (silent, slow):
-            client.sendall(post(b'{"model"', length=1000))
-        until(lambda: api.service.concurrency.num_held == 2)
-        third.sendall(post(json.dumps(WHOLE).encode(), more="connection: close\r\n"))
-        assert answer(third)[0] == 503  # both places are taken
-        for _ in range(3):
-            time.sleep(0.1)
-            slow.sendall(b" ")
-        for client in (silent, slow):
-            status, body = answer(client)
-            assert (status, body["error"]["code"]) == (408, "request_timeout")
+    def both_held_their_places() -> bool:
+        """Whether the two were slow at the same time and as long as a third one asked, and not the machine too slow."""
+        with closing(connect(api)) as silent, closing(connect(api)) as slow, closing(connect(api)) as third:
+            for client in (silent, slow):
+                client.sendall(post(b'{"model"', length=1000))
+            until(lambda: api.service.concurrency.num_held == 2 or is_answered(silent) or is_answered(slow))
+            third.sendall(post(json.dumps(WHOLE).encode(), more="connection: close\r\n"))
+            refused = answer(third)[0] == 503
+            with suppress(ConnectionError):
+                while not is_answered(slow):
+                    slow.sendall(b" ")
+                    time.sleep(0.1)
+                for client in (silent, slow):
+                    status, body = answer(client)
+                    assert (status, body["error"]["code"]) == (408, "request_timeout")
+                return refused
+        return False  # it was closed on while it sent
+
+    until(both_held_their_places)
     until(lambda: api.service.concurrency.num_held == 0)
     with closing(connect(api)) as client:
         client.sendall(post(json.dumps(WHOLE).encode(), more="connection: close\r\n"))
@@ -82,12 +94,16 @@ def test_slow_bodies_are_refused_and_give_their_places_back(api: ServedApi) -> N
 
 
 def test_a_client_that_goes_in_the_middle_of_its_body_gives_its_place_back(api: ServedApi) -> None:
-    client = connect(api)
-    client.sendall(post(b'{"model"', length=1000))
-    until(lambda: api.service.concurrency.num_held == 1)
-    client.close()
-    until(lambda: api.service.concurrency.num_held == 0)
-    assert num_ended(api, "disconnected") == 1  # not timed out
+    def counts_as_disconnected() -> bool:
+        """And not as timed out, unless the machine was too slow."""
+        num_before = num_ended(api, "disconnected")
+        with closing(connect(api)) as client:
+            client.sendall(post(b'{"model"', length=1000))
+            until(lambda: api.service.concurrency.num_held == 1 or is_answered(client))
+        until(lambda: api.service.concurrency.num_held == 0)
+        return num_ended(api, "disconnected") == num_before + 1
+
+    until(counts_as_disconnected)
 
 
 def test_large_headers_and_bodies_are_refused(api: ServedApi) -> None:
@@ -116,9 +132,10 @@ def test_a_client_that_goes_on_sending_too_much_reads_why(api: ServedApi, monkey
 
 
 def test_a_stream_that_nobody_takes_ends(api: ServedApi) -> None:
+    num_before = num_ended(api, "stalled")
     with closing(connect(api)) as client:
         client.sendall(post(json.dumps({**FLOOD, "stream": True}).encode()))
-        until(lambda: num_ended(api, "stalled") == 1)
+        until(lambda: num_ended(api, "stalled") == num_before + 1)
         until(lambda: api.service.concurrency.num_held == 0)
         until(lambda: api.engine.stats().num_running == 0)
 
@@ -132,11 +149,19 @@ def test_a_stream_that_lasts_too_long_ends_with_an_error(tmp_path: Path) -> None
     body = {**FLOOD, "stream": True}
     path = write_config(tmp_path / MODEL, max_position_embeddings=CONTEXT_TOKENS)
     limits = IngressSection(max_stream_s=0.3)
-    with serve(engine_config(path), limits, SEND_BUFFER_BYTES) as api, closing(connect(api)) as client:
-        client.sendall(post(json.dumps(body).encode(), more="connection: close\r\n"))
-        received = b""
-        while chunk := client.recv(65536):
-            received += chunk
-        error = [line for line in received.splitlines() if line.startswith(b'data: {"error"')]
-        assert json.loads(error[0][6:])["error"]["code"] == "timeout"
+    with serve(engine_config(path), limits, SEND_BUFFER_BYTES) as api:
+
+        def begun_and_ended() -> bool:
+            """Whether the stream had begun; if the machine took longer for its first token, the answer is an error."""
+            with closing(connect(api)) as client:
+                client.sendall(post(json.dumps(body).encode(), more="connection: close\r\n"))
+                received = b""
+                while chunk := client.recv(65536):
+                    received += chunk
+            error = [line for line in received.splitlines() if line.startswith(b'data: {"error"')]
+            if error:
+                assert json.loads(error[0][6:])["error"]["code"] == "timeout"
+            return bool(error)
+
+        until(begun_and_ended)
         until(lambda: api.engine.stats().num_running == 0)

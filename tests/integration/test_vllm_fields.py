@@ -13,6 +13,7 @@ from cluster.ingress.config import IngressSection
 from engine.text.tokenizer import Tokenizer
 from tests.integration.served_api import MODEL, ServedApi, engine_config, serve
 from tests.models import write_config
+from tests.waiting import until
 
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
@@ -141,7 +142,9 @@ def test_an_answer_goes_on_where_the_last_message_ends(api: openai.OpenAI, token
         api.chat.completions.create(**CHAT, extra_body={**extra, "add_generation_prompt": True})
     assert both.value.param == "continue_final_message"
     counted = httpx.post(
-        f"{str(api.base_url).removesuffix('v1/')}tokenize", json={"messages": messages, "continue_final_message": True}
+        f"{str(api.base_url).removesuffix('v1/')}tokenize",
+        json={"messages": messages, "continue_final_message": True},
+        timeout=60,
     )
     assert counted.json()["tokens"] == answer.prompt_token_ids
 
@@ -167,8 +170,8 @@ def test_values_that_cannot_be(api: openai.OpenAI, body: dict[str, Any]) -> None
 
 def test_operators_routes(served: ServedApi) -> None:
     for method, path in (("GET", "/ping"), ("POST", "/ping"), ("HEAD", "/health"), ("HEAD", "/ready")):
-        assert httpx.request(method, served.url + path).status_code == 200
-    assert httpx.get(f"{served.url}/load").json() == {"server_load": 0}
-    assert set(httpx.get(f"{served.url}/version").json()) == {"version"}
-    refused = httpx.post(f"{served.url}/v1/brownout")
+        assert httpx.request(method, served.url + path, timeout=60).status_code == 200
+    until(lambda: httpx.get(f"{served.url}/load", timeout=60).json() == {"server_load": 0})
+    assert set(httpx.get(f"{served.url}/version", timeout=60).json()) == {"version"}
+    refused = httpx.post(f"{served.url}/v1/brownout", timeout=60)
     assert (refused.status_code, refused.headers["allow"]) == (405, "GET, PUT")
