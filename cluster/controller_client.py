@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -10,6 +11,8 @@ from cluster.controller_host import NAMESPACE, actor_name
 from cluster.driver import engine_handles
 from cluster.errors import ClusterError
 
+APPLY_TIMEOUT_S = 120.0
+POLL_S = 0.05
 TIMEOUT_S = 30.0  # Ray holds calls back while the actor restarts
 
 
@@ -33,6 +36,20 @@ class ControllerClient:
         """``law``: "off", "freeze" (the level of now), "auto" (what was deployed), "static" with a level, or another
         law's name; for one model or for all. Raises LawError."""
         self._ask("set_policy", law, level, model)
+
+    def wait_applied(self, model: str) -> None:
+        """Return once every replica of the model follows its newest setting. Raises ClusterError."""
+        deadline_s = time.monotonic() + APPLY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            status = self.status()["models"].get(model, {"replicas": {}})
+            replicas = status["replicas"].values()
+            if replicas and all(
+                (replica["applied_epoch"], replica["applied_version"]) == (status["epoch"], status["version"])
+                for replica in replicas
+            ):
+                return
+            time.sleep(POLL_S)
+        raise ClusterError(f"not every replica of {model} took the newest setting within {APPLY_TIMEOUT_S:g} s")
 
     def decisions(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest decisions, newest first."""

@@ -23,7 +23,7 @@ from benchmarks.demo.live import RequestMonitor, every
 from benchmarks.demo.samples import Sample, read_samples, samples_table
 from benchmarks.demo.summary import Measurement, Run, render_table, write_results
 from benchmarks.loadgen.client import CompletionClient
-from benchmarks.loadgen.closed_loop import Throughput, run_closed_loop, throughput
+from benchmarks.loadgen.closed_loop import Throughput, measure_throughput
 from benchmarks.loadgen.open_loop import run_open_loop
 from benchmarks.plots.burst import LevelSample
 from benchmarks.report import Slo, measure
@@ -35,6 +35,7 @@ from engine.config import ConfigError
 
 POLICIES = {"off": "off", "on": "auto"}  # run -> the controller's policy; auto: the law of the Serve file
 SAMPLE_PERIOD_S = 0.25
+MIN_MEASURED = 8  # answers while the capacity is measured: of fewer it says little, and of none nothing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,12 +122,15 @@ class BurstDemo:
         loop_spec = self._scenario.capacity.closed_loop
         requests = self._scenario.requests(vocab_size)
         with self._console.status(f"measuring capacity: {loop_spec.concurrency} clients for {loop_spec.end_s:g} s"):
-            capacity = throughput(await run_closed_loop(client.send, requests, loop_spec), loop_spec)
+            capacity = await measure_throughput(
+                client.send, requests, loop_spec, MIN_MEASURED, self._scenario.request_timeout_s
+            )
         self._console.print(f"capacity at level 0: {capacity.req_s:.1f} requests/s, {capacity.tok_s:.0f} tokens/s")
         return capacity
 
     async def _replay(self, name: str, client: CompletionClient, workload: Workload, model: str) -> Run:
         await asyncio.to_thread(self._controller.set_policy, POLICIES[name])
+        await asyncio.to_thread(self._controller.wait_applied, model)
         await asyncio.sleep(self._scenario.settle_s)
         monitor = RequestMonitor()
         levels: list[LevelSample] = []

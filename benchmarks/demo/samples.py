@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,6 @@ from rich.table import Table
 
 from benchmarks.scenario import SampleSection
 from cluster.controller_client import ControllerClient
-
-APPLY_TIMEOUT_S = 60.0
-POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,7 @@ def read_samples(url: str, controller: ControllerClient, section: SampleSection,
     try:
         for level in (0, strongest):
             controller.set_policy("static", level, section.model)
-            _await_applied(controller, section.model)
+            controller.wait_applied(section.model)
             samples += [_continue(url, section, prompt, seed) for prompt in section.prompts]
     finally:
         controller.set_policy("auto", model=section.model)
@@ -52,17 +48,6 @@ def samples_table(samples: Sequence[Sample]) -> Table:
     for sample in sorted(samples, key=lambda s: (s.prompt, s.level)):
         table.add_row(str(sample.level), f"{sample.dimmed_share:.0%}", f"[bold]{sample.prompt}[/bold]{sample.text}")
     return table
-
-
-def _await_applied(controller: ControllerClient, model: str) -> None:
-    deadline_s = time.monotonic() + APPLY_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        status = controller.status()["models"][model]
-        place = (status["epoch"], status["version"])
-        if all((r["applied_epoch"], r["applied_version"]) == place for r in status["replicas"].values()):
-            return
-        time.sleep(POLL_S)
-    raise RuntimeError(f"a replica of {model} did not take its level within {APPLY_TIMEOUT_S:g} s")
 
 
 def _continue(url: str, section: SampleSection, prompt: str, seed: int) -> Sample:

@@ -188,7 +188,7 @@ def open_server(options: argparse.Namespace) -> Target:
     def scorer_at(level: int) -> Scorer:
         if pinned:
             brownout("set", str(level))
-            time.sleep(options.settle_s)
+            scorer.wait_applied(options.settle_s)
         return scorer
 
     def encode(text: str) -> list[int]:
@@ -228,7 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exempt-first", type=int, default=2, help="layers never dimmed; default: %(default)s")
     parser.add_argument("--exempt-last", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--max-model-len", type=int, default=2048, help="default: %(default)s")
-    parser.add_argument("--settle-s", type=float, default=2.0, help="wait after pinning a server's level")
+    parser.add_argument("--settle-s", type=float, default=2.0, help="wait after all replicas follow a pinned level")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "evaluation.json", help="default: %(default)s")
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from engine.engine import Engine
 from engine.types import BrownoutSetting, GenerationRequest, RequestOutput, SamplingParams
 
 MAX_CLIENTS = 32  # requests in flight at a server
+APPLY_TIMEOUT_S = 120.0
 
 
 class EngineScorer:
@@ -67,9 +69,25 @@ class ServerScorer:
     """An OpenAI-compatible server, at whatever level it is pinned (`brownoutserve brownout set LEVEL`)."""
 
     def __init__(self, base_url: str, model: str, api_key: str) -> None:
+        """``base_url`` without /v1."""
         self._model = model
         headers = {"authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(base_url=base_url.rstrip("/"), timeout=600.0, headers=headers)
+
+    def wait_applied(self, settle_s: float) -> None:
+        """Return once every replica follows the newest setting, as far as the server tells, and ``settle_s`` later.
+        Raises RuntimeError.
+        """
+        deadline_s = time.monotonic() + APPLY_TIMEOUT_S
+        while (told := self._client.get("/v1/brownout")).status_code in (200, 503):
+            status = told.json().get("models", {}).get(self._model, {"replicas": {}})
+            versions = [replica["applied_version"] for replica in status["replicas"].values()]
+            if versions and set(versions) == {status["version"]}:
+                break
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"not every replica took the level within {APPLY_TIMEOUT_S:g} s")
+            time.sleep(0.1)
+        time.sleep(settle_s)
 
     def score(self, requests: Sequence[Request]) -> list[float]:
         return [sum(token.logprob for token in tokens) for tokens in self.token_scores(requests)]

@@ -14,7 +14,7 @@ import aiohttp
 from rich.progress import Progress
 
 from benchmarks.loadgen.client import CompletionClient
-from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop, throughput
+from benchmarks.loadgen.closed_loop import ClosedLoop, measure_throughput
 from benchmarks.soak.faults import NUM_REPLICAS, Faults, running_pids
 from benchmarks.soak.leftovers import (
     EXTRA_FDS,
@@ -94,16 +94,10 @@ async def soak(
 
 
 async def measure_capacity_tok_s(url: str, measure_s: float) -> float:
-    """Over ``measure_s``, or as much longer as a slow machine needs for MIN_MEASURED answers."""
     async with CompletionClient(url, MODEL, HUNG_S) as client:
+        spec = ClosedLoop(NUM_STREAMS, ramp_s=2.0, measure_s=measure_s)
         requests = endless(PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, 1)
-        while True:
-            spec = ClosedLoop(NUM_STREAMS, ramp_s=2.0, measure_s=measure_s)
-            records = await run_closed_loop(client.send, requests, spec)
-            num_measured = sum(spec.ramp_s <= (record.last_token_s or 0.0) < spec.end_s for record in records)
-            if measure_s >= HUNG_S or num_measured >= MIN_MEASURED or not all(record.completed for record in records):
-                return throughput(records, spec).tok_s
-            measure_s *= 2
+        return (await measure_throughput(client.send, requests, spec, MIN_MEASURED, HUNG_S)).tok_s
 
 
 async def offer(client: SoakClient, req_s: float, duration_s: float, draw: random.Random, progress: Progress) -> None:

@@ -111,7 +111,7 @@ class Fleet:
                     self.retire(self._channels[replica_id])
         for replica_id, channel in list(self._leaving.items()):
             if not channel.num_open and replica_id not in self._seen_s:
-                del self._leaving[replica_id]
+                self._leaving.pop(replica_id, None)  # it may have been lost while another one was being closed
                 await channel.close()
 
     async def _open(self, report: ReplicaReport) -> None:

