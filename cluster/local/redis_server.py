@@ -23,9 +23,10 @@ from redis.retry import Retry
 from cluster.local.processes import free_ports
 
 PRIVATE_BINARIES = ("redis-server", "valkey-server")
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 30.0  # of an operator's own, once reached: it may be as busy as this machine
 _LAUNCH_ATTEMPTS = 5  # another process may take the free port between our look and the server's bind
 
 # Asks the kernel to kill this process when its parent ends, then becomes the server. A short interpreter start instead
@@ -157,17 +158,18 @@ class RedisServer:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline_s:
+        while True:
             if process.poll() is not None:
                 raise RedisUnavailableError(f"the private Redis server ended at start: {self._last_words()}")
             # Only our own child answers here with our password, whoever else may hold the port.
             if _answers(self.url):
                 return
+            if time.monotonic() > deadline_s:  # asked at last after it, however long this process was suspended
+                raise RedisUnavailableError(
+                    f"the private Redis server on port {self._port} did not answer within {START_TIMEOUT_S:g} s, "
+                    f"see {self._log_path}"
+                )
             time.sleep(0.01)
-        raise RedisUnavailableError(
-            f"the private Redis server on port {self._port} did not answer within {START_TIMEOUT_S:g} s, "
-            f"see {self._log_path}"
-        )
 
     @property
     def _log_path(self) -> Path:
@@ -206,11 +208,11 @@ def find_server_binary() -> str:
         ) from error
 
 
-def _client(url: str) -> redis.Redis:
+def _client(url: str, answer_timeout_s: float = CONNECT_TIMEOUT_S) -> redis.Redis:
     return redis.Redis.from_url(
         url,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=answer_timeout_s,
         retry=Retry(NoBackoff(), 0),
     )
 
@@ -227,7 +229,7 @@ def _ping_external(url: str) -> None:
     parts = urlsplit(url)
     place = parts.hostname or parts.path
     try:
-        with _client(url) as client:
+        with _client(url, ANSWER_TIMEOUT_S) as client:
             client.ping()
     except (redis.RedisError, OSError, ValueError) as error:
         raise RedisUnavailableError(f"the Redis of REDIS_URL at {place!r} does not answer: {error}") from error

@@ -31,8 +31,9 @@ class Scratch:
         """A new folder; those that dead owners left behind are removed first."""
         remove_stale()
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=PARENT))
-        lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        lock = os.open(path / f"{LOCK}.new", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(path / f"{LOCK}.new", path / LOCK)  # others find it locked only, or the folder looked ownerless
         return cls(path, lock)
 
     def remove(self) -> None:

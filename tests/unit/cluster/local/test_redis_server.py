@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,8 +16,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.local import redis_server
 from cluster.local.redis_server import RedisServer, RedisUnavailableError, resolve_redis
-from tests.waiting import until
+from tests.waiting import TIMEOUT_S, until
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def test_password_is_required_and_hidden(tmp_path: Path, no_redis_url: None) -> 
         assert parts.password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
         assert parts.password not in (tmp_path / "redis.log").read_text()
         with (
-            redis.Redis(host="127.0.0.1", port=parts.port or 0, retry=Retry(NoBackoff(), 0)) as intruder,
+            redis.Redis(
+                "127.0.0.1", parts.port or 0, socket_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+            ) as intruder,
             pytest.raises(redis.AuthenticationError),
         ):
             intruder.ping()
@@ -113,6 +117,19 @@ def test_redis_url_is_used_and_left_running(tmp_path: Path, monkeypatch: pytest.
             assert ours.url == theirs.url
         assert theirs.pid is not None
         assert not (tmp_path / "ours").exists()
+
+
+def test_a_busy_redis_of_the_operators_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RedisServer(tmp_path / "theirs") as theirs:
+        monkeypatch.setenv("REDIS_URL", theirs.url)
+        monkeypatch.setattr(redis_server, "CONNECT_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(redis_server, "ANSWER_TIMEOUT_S", TIMEOUT_S)
+        assert theirs.pid is not None
+        os.kill(theirs.pid, signal.SIGSTOP)
+        wakes = threading.Timer(0.5, os.kill, (theirs.pid, signal.SIGCONT))
+        wakes.start()
+        with resolve_redis(tmp_path / "ours"):
+            wakes.join()
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "http://:hunter2@127.0.0.1:6379"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import scratch
-from cluster.local.scratch import PREFIX, Scratch
+from cluster.local.scratch import LOCK, PREFIX, Scratch
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +44,20 @@ def test_folders_in_use_and_of_others_stay(parent: Path) -> None:
     assert first.path.exists() and (parent / f"{PREFIX}foreign").exists()
     first.remove()
     second.remove()
+
+
+def test_a_folder_that_is_being_made_is_nobodys_to_remove(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another cluster starts while this one has its folder, but not the lock yet."""
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            scratch.remove_stale()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(scratch.fcntl, "flock", lock_late)
+    made = Scratch.create()
+    assert (made.path / LOCK).exists()
+    scratch.remove_stale()
+    assert made.path.exists()
+    made.remove()
