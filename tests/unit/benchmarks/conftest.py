@@ -66,7 +66,7 @@ async def no_done(body) -> AsyncIterator[bytes]:
 
 async def stall(body) -> AsyncIterator[bytes]:
     yield token_event("a")
-    await asyncio.sleep(60)
+    await asyncio.sleep(3600)
 
 
 async def broken_json(body) -> AsyncIterator[bytes]:

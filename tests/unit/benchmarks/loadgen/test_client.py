@@ -2,9 +2,12 @@
 
 import asyncio
 import socket
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.loadgen import client as client_module
 from benchmarks.loadgen.client import CompletionClient
 from benchmarks.loadgen.record import Outcome
 from benchmarks.workloads.workload import Arrival
@@ -77,10 +80,22 @@ async def test_failures_are_told_apart(completion_server, model, outcome, error)
     assert record.ttft_s == record.tpot_s == float("inf")
 
 
-async def test_a_stalled_stream_times_out(completion_server):
-    record = await send(completion_server.url, "stall", timeout_s=1.0)
+async def test_a_stalled_stream_times_out(completion_server, monkeypatch):
+    """The time is up as soon as the first token is there."""
+    loop, deadline = asyncio.get_running_loop(), asyncio.timeout(None)
+    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(timeout=lambda timeout_s: deadline))
+    looks = count()
+
+    def clock():
+        look = next(looks)
+        if look:
+            deadline.reschedule(loop.time())
+        return look
+
+    async with CompletionClient(completion_server.url, "stall", timeout_s=60) as client:
+        record = await client.send(ARRIVAL, clock)
     assert record.outcome is Outcome.TIMEOUT
-    assert record.first_token_s is not None
+    assert (record.sent_s, record.first_token_s) == (0, 1)
 
 
 async def test_a_closed_port_is_a_disconnect():
