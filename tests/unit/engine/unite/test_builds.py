@@ -70,6 +70,5 @@ def test_builds_rank_by_their_held_out_error(trace: LayerTrace) -> None:
             average(seen, grouping),
         )
     ]
-    print(errors)
     assert errors == sorted(errors)
     assert errors[0] < 0.6 * errors[2]
