@@ -11,7 +11,7 @@ from cluster.local.redis_server import RedisServer
 from tests.integration.control_harness import Cluster, make_patient
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def patient_with_engines() -> Iterator[None]:
     """An engine thread that gets no time for a few seconds is not wedged."""
     with pytest.MonkeyPatch.context() as patch:

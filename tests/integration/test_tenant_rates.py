@@ -61,6 +61,7 @@ async def connected(redis: RedisServer) -> AsyncIterator[Callable[[], Any]]:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No answer of Redis comes too late, however busy the machine is."""
     monkeypatch.setattr("cluster.admission.shared.LIMIT_S", 30.0)
+    monkeypatch.setattr("cluster.router.loads.TIMEOUT_S", 60.0)
 
 
 @pytest.mark.usefixtures("patient")
