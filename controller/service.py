@@ -59,7 +59,7 @@ class ControllerService:
     async def start(self) -> str:
         """Restore, listen, tick. Returns the ``host:port`` that replicas connect to.
 
-        OSError if it cannot be bound, or a file of the configured security cannot be read.
+        OSError if it cannot be bound, a file of the configured security cannot be read, or a newer one begins.
         """
         token, credentials = read_security(self._config.security)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -78,6 +78,10 @@ class ControllerService:
         with suppress(TimeoutError):
             async with asyncio.timeout(RESTORE_TIMEOUT_S):
                 await self._save_once()
+        if self.superseded:
+            await self._server.stop(None)
+            await self._store.close()
+            raise OSError("a newer controller has begun in the meantime")
         await self._server.start()
         self.address = f"{self._config.host}:{port}"
         self._state.ledger.append_epoch(self._state.epoch, self.address, time.time())
@@ -252,7 +256,7 @@ class ControllerService:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        if self._server is not None:
+        if self._server is not None and self.address:  # it listens
             self._closing = asyncio.create_task(self._server.stop(STOP_GRACE_S))
 
     # --- what outlives us ----------------------------------------------------------------------------------------

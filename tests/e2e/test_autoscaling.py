@@ -27,7 +27,7 @@ class Load:
         self._url = f"{url}/v1/completions"
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
-        self.statuses: list[int] = []
+        self.statuses: list[int | str] = []  # or what became of a request instead
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -42,7 +42,10 @@ class Load:
     def _run(self) -> None:
         with httpx.Client(timeout=120, limits=NO_KEPT_CONNECTIONS) as client:
             while not self._stopping.is_set():
-                self.statuses.append(client.post(self._url, json=BODY).status_code)
+                try:
+                    self.statuses.append(client.post(self._url, json=BODY).status_code)
+                except httpx.HTTPError as error:
+                    self.statuses.append(repr(error))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
+from controller.settings import SettingsStore
 from engine.agent import TelemetryAgent
 from engine.async_engine import AsyncEngine
 from engine.config import BrownoutConfig, CacheConfig, EngineConfig, ModelConfig
@@ -162,6 +163,26 @@ async def test_of_two_controllers_the_older_stands_down(cluster: Cluster) -> Non
     await until_async(lambda: a.levels == (3, 3))
     assert a.setting.epoch == newer.status()["epoch"] == older.status()["epoch"] + 1
     assert older.status()["superseded"] and not newer.status()["superseded"]
+
+
+async def test_a_controller_overtaken_while_it_starts_does_not_begin(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = SettingsStore.claim_epoch
+
+    async def claim_before_another_does(store: SettingsStore, above: int) -> int:
+        epoch = await claim(store, above)
+        await claim(store, above)
+        return epoch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SettingsStore, "claim_epoch", claim_before_another_does)
+        with pytest.raises(OSError, match="newer controller"):
+            await cluster.start_controller()
+    await cluster.start_controller()
+    a = await cluster.start_replica("a")
+    await until_async(lambda: a.levels == (1, 1))
+    assert a.setting.epoch == 3
 
 
 async def test_an_older_controller_cut_off_from_redis_gets_nobody_back(
