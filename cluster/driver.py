@@ -35,7 +35,7 @@ def find_cluster(address: str | None = None) -> str:
 def connect(address: str) -> None:
     """Join the cluster quietly. Raises ClusterError when it does not answer."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as local clusters are started
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # a warning for every replica that is busy just now
     if not _listens(address):  # Ray itself would go on trying for minutes
         raise ClusterError(f"the Ray cluster at {address} does not answer")
     if address.startswith("127.0.0.1:"):

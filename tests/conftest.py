@@ -1,9 +1,13 @@
 """Property tests draw the same examples in every run, and none fails because a machine is slow."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Where the tests run as a shell's background job, what they start would ignore Ctrl-C with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the cores with servers
 
