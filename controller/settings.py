@@ -119,7 +119,8 @@ class SettingsStore:
         settings = await cast(Any, self._redis.hgetall(self._settings_key))
         policies = await cast(Any, self._redis.hgetall(self._policies_key))
         rows = await cast(Any, self._redis.xrevrange(self._decisions_key, count=ledger.capacity))
-        ledger.restore(fields["row"] for _, fields in reversed(rows))
+        # A row is there twice if the answer to its first save was lost.
+        ledger.restore(dict.fromkeys(fields["row"] for _, fields in reversed(rows)))
         raw = await cast(Any, self._redis.hgetall(self._quality_key))
         redis_time_s = await self._time_s()
         accounts = {

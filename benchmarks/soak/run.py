@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +44,22 @@ NUM_KILLS = 10
 def run(duration_s: float, seed: int, num_kills: int = NUM_KILLS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory, Progress(transient=True) as progress:
         serve_file = tiny_serve_file(Path(directory), replicas=NUM_REPLICAS)
-        with LocalCluster.start(serve_file, port=free_ports(1)[0]) as cluster:
+        with patient_proxy(), LocalCluster.start(serve_file, port=free_ports(1)[0]) as cluster:
             return asyncio.run(soak(cluster, duration_s, seed, num_kills, progress))
+
+
+@contextmanager
+def patient_proxy() -> Iterator[None]:
+    """See deploy/ray/haproxy.sh: it answers 408 to clients that are slow to send, and ours share the machine with all
+    that they load."""
+    before = os.environ.get("HEADER_TIMEOUT_S")
+    os.environ["HEADER_TIMEOUT_S"] = f"{HUNG_S:.0f}"
+    try:
+        yield
+    finally:
+        del os.environ["HEADER_TIMEOUT_S"]
+        if before is not None:
+            os.environ["HEADER_TIMEOUT_S"] = before
 
 
 async def soak(

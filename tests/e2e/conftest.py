@@ -20,7 +20,7 @@ MODEL = "tiny"
 ADMIN_TOKEN = "let me steer"
 CONTEXT_TOKENS = 1000  # what a replica's KV blocks hold, and some seconds of work
 NUM_REPLICAS = 2
-HEADER_TIMEOUT_S = 3
+HEADER_TIMEOUT_S = 8  # of all clients of the cluster, which may themselves have to wait for a processor
 MAX_CLIENT_CONNECTIONS = 256
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from controller.laws.base import LawError
+from controller.ledger import DecisionLedger
 from controller.reports import Hello
 from controller.service import ControllerService
 from controller.sketch import RELATIVE_ERROR as CONTROLLER_RELATIVE_ERROR
@@ -159,6 +160,19 @@ async def test_an_operators_policy_outlives_the_controller(cluster: Cluster) -> 
     rows = second.decisions()
     assert [row["epoch"] for row in rows if row["kind"] == "setting"] == [2, 1, 1]
     assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [2, 1]
+
+
+async def test_a_decision_that_was_saved_twice_is_read_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # as if no save had been answered
+        patch.setattr(DecisionLedger, "mark_saved", lambda *_: None)
+        first = await cluster.start_controller()
+        a = await cluster.start_replica("a")
+        await until_async(lambda: a.levels == (1, 1))
+        await first.stop()
+    second = await cluster.start_controller()
+    await until_async(lambda: a.setting.epoch == 2)
+    assert [row["epoch"] for row in second.decisions() if row["kind"] == "epoch"] == [2, 1]
+    assert [row["version"] for row in second.decisions() if row["kind"] == "setting"] == [2, 1]
 
 
 async def test_a_controller_that_hangs_is_left(cluster: Cluster) -> None:
