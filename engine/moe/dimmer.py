@@ -19,7 +19,7 @@ Whatever the setting: experts used by a row that is not dimmed at all (class ful
 and hot; protected experts keep their pairs; a row keeps its routed mass, and pairs of it that meet in one expert become
 one. Padding rows count for nothing. Everything is a tensor with a static shape, the setting included, so that a new
 level needs neither a host sync nor a new graph. Pairs dimmed at a weaker setting of one dimmer are also dimmed at a
-stronger one (piggyback after a cut excepted: it may give a row back what the cut took).
+stronger one (piggyback and similar after a cut excepted: they may give a row back what the cut took).
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ DIMMER = make_dimmer(NUM_EXPERTS, TOP_K)
 NO_EXPERT = DIMMER.num_packed
 STRONGEST = [setting_id(family[-1]) for family in FAMILIES.values()]
 
+GIVE_BACK = {"piggyback of top 2", "similar of top 3"}  # to a row, what the cut took from it
+
 SEEDS = st.integers(0, 10_000)
 SIZES = st.integers(1, 24)
 ANY_SETTING = st.integers(1, len(SETTINGS) - 1)
@@ -60,10 +62,10 @@ def test_level_0_changes_nothing() -> None:
     assert dimmed.dimmed_pairs.sum() == 0
 
 
-@given(seed=SEEDS, num_tokens=SIZES, name=st.sampled_from(sorted(set(FAMILIES) - {"piggyback of top 2"})))
+@given(seed=SEEDS, num_tokens=SIZES, name=st.sampled_from(sorted(set(FAMILIES) - GIVE_BACK)))
 @OFTEN
 def test_settings_of_one_dimmer_are_nested(seed: int, num_tokens: int, name: str) -> None:
-    """But for re-picks after a cut: they may give a row back what the cut took."""
+    """But for those that look for other experts after a cut."""
     routing = routing_of(seed, num_tokens)
     masks = [is_dimmed(routing, rewrite(routing, setting_id(setting)).routing) for setting in FAMILIES[name]]
     for milder, deeper in pairwise(masks):
