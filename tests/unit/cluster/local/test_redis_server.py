@@ -79,6 +79,7 @@ def test_a_port_that_is_taken_meanwhile_is_one_sentence(tmp_path: Path, no_redis
     with RedisServer(tmp_path) as server, socket.socket() as holder:
         port = urlsplit(server.url).port
         server.stop()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # whatever the server's last connections left
         holder.bind(("127.0.0.1", port))
         holder.listen()
         with pytest.raises(RedisUnavailableError, match="in use") as caught:
