@@ -67,6 +67,7 @@ class LocalCluster:
         file = config if isinstance(config, ServeFile) else load_serve_file(config)
         file = file.on(HOST, file.http_port if port is None else port)
         check_before_start(file)
+        _reach_without_proxy(HOST)
         cluster = cls(file, Scratch.create())
         try:
             cluster._start()
@@ -245,6 +246,13 @@ def check_before_start(file: ServeFile) -> None:
         load_tokenizer(directory)
         if model.load_format == "safetensors":
             check_checkpoint(directory)
+
+
+def _reach_without_proxy(host: str) -> None:
+    """By this process and all that it starts, whatever proxy the environment names for the world outside."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if host not in hosts.split(","):
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (hosts, host)))
 
 
 def _num_cpus(file: ServeFile) -> int:

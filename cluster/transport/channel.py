@@ -62,6 +62,7 @@ class ReplicaChannel:
         self._channel = grpc.aio.insecure_channel(
             address,
             options=(
+                ("grpc.enable_http_proxy", 0),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_time_ms", PING_PERIOD_MS),
                 ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),

@@ -180,7 +180,8 @@ def test_serve_ends_with_everything_it_started(
     with log.open("w") as output:
         process = subprocess.Popen(
             command("serve", write_yaml(tmp_path / "serve.yaml", document)),
-            env=environment(mark),
+            # As where a proxy leads to the world outside.
+            env={**environment(mark), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )

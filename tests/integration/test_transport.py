@@ -119,6 +119,17 @@ async def test_every_stream_gets_what_the_engine_gives(engine: AsyncEngine, ingr
     assert through == alone
 
 
+async def test_a_proxy_for_the_world_outside_is_not_asked(
+    server: ChannelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    ingress = await Ingress().open(server.address)
+    assert len(await collect(ingress.channel, request("a"))) == 8
+    await ingress.channel.close()
+
+
 async def test_the_last_output_is_as_the_engine_made_it(engine: AsyncEngine, ingress: Ingress) -> None:
     (*_, expected) = [output async for output in engine.generate(request("a"))]
     (*_, last) = [output async for output in ingress.channel.generate(request("a"))]
