@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 
-import httpx
 import pytest
 
 from cluster.local.cluster import LocalCluster
 from cluster.serve_file import ServeFile
 from tests.e2e.conftest import MODEL
-from tests.e2e.test_faults import NO_KEPT_CONNECTIONS, model_status
+from tests.e2e.test_faults import Traffic, model_status
 from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 
 NUM_CLIENTS = 24
 BODY = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
-
-
-class Load:
-    """Clients that ask again and again until the with-block ends; every status is kept."""
-
-    def __init__(self, url: str, num_clients: int) -> None:
-        self._url = f"{url}/v1/completions"
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
-        self.statuses: list[int | str] = []  # or what became of a request instead
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(timeout=120, limits=NO_KEPT_CONNECTIONS) as client:
-            while not self._stopping.is_set():
-                try:
-                    self.statuses.append(client.post(self._url, json=BODY).status_code)
-                except httpx.HTTPError as error:
-                    self.statuses.append(repr(error))
 
 
 @pytest.fixture
@@ -65,11 +35,11 @@ def num_replicas(cluster: LocalCluster) -> int:
 def test_up_under_load_and_down_again(scaling_cluster: LocalCluster) -> None:
     cluster = scaling_cluster
     until(lambda: num_replicas(cluster) == 1)
-    with Load(cluster.url, NUM_CLIENTS) as load:
+    with Traffic(cluster.url, BODY, NUM_CLIENTS) as load:
         until(lambda: num_replicas(cluster) == 2)
         num_before = len(load.statuses)
         until(lambda: len(load.statuses) > num_before + NUM_CLIENTS)
-    with Load(cluster.url, 1) as trickle:
+    with Traffic(cluster.url, BODY) as trickle:
         until(lambda: num_replicas(cluster) == 1)
         num_before = len(trickle.statuses)
         until(lambda: len(trickle.statuses) > num_before + 3)

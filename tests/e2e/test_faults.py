@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,21 +31,24 @@ COMPLETION = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 16, "t
 
 
 class Traffic:
-    """Short requests, one after another, until the with-block ends; remembers every status."""
+    """Clients that send one request after another until the with-block ends; remembers every status."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, body: Mapping[str, Any] = COMPLETION, num_clients: int = 1) -> None:
         self._url = f"{url}/v1/completions"
+        self._body = body
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
         self.statuses: list[int | str] = []  # or what became of it instead
 
     def __enter__(self) -> Traffic:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def wait_for_more(self, count: int) -> None:
         target = len(self.statuses) + count
@@ -55,7 +58,7 @@ class Traffic:
         with httpx.Client(timeout=120, limits=NO_KEPT_CONNECTIONS) as client:
             while not self._stopping.is_set():
                 try:
-                    self.statuses.append(client.post(self._url, json=COMPLETION).status_code)
+                    self.statuses.append(client.post(self._url, json=self._body).status_code)
                 except httpx.HTTPError as error:
                     self.statuses.append(repr(error))
 
