@@ -33,7 +33,7 @@ WAYS = (2, 4, 8)
 BATCH_SIZES = (1, 8, 16, 32, 64, 128, 256)
 CONTEXT_TOKENS = 160
 PREFILLS = ((16, 512), (64, 256), (64, 1024), (32, 2048))  # sequences, tokens each
-PREFILL_STEP_TOKENS = 8192
+PREFILL_STEP_TOKENS = 16384
 MAX_MODEL_LEN = 4096
 NUM_BLOCKS = 64 * 1024 // 16 + 1
 PROFILED_BATCH = 64
@@ -154,9 +154,10 @@ def attention_ms(contexts: tuple[int, ...], num_heads: int = 16, block_size: int
     for backend in decode_backends(block_size):
 
         def run(backend: DecodeBackend = backend) -> None:
-            backend.begin_step()
+            backend.begin_step(metadata, num_heads)
+            rows = queries.clone()  # in a step, too, other kernels lie between
             for keys, values in pools:
-                backend.decode(queries, keys, values, metadata)
+                backend.decode(rows, keys, values, metadata)
 
         run()
         torch.cuda.synchronize()

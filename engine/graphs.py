@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch, StepRows
 from engine.kv_cache.storage import KvStorage
-from engine.layers.fused import argmax
+from engine.layers.fused import choose_likeliest
 from engine.models.decoder import Decoder, Hidden
 from engine.static_inputs import Layout, StaticInputs
 from engine.types import Levels
@@ -135,16 +135,14 @@ class StepGraphs:
         layout = self._inputs.device_layout(size, size)
 
         def compute() -> None:
-            hidden = self._model.hidden(self._inputs.batch(layout), self._kv)
-            self._results[1, :size] = hidden.dimmed_pairs
+            hidden = self._model.hidden(self._inputs.batch(layout), self._kv, dimmed_pairs=self._results[1, :size])
             self._choose(hidden.normed, layout.sample_places)
 
         return compute
 
     def _choose(self, normed: Tensor, places: Tensor) -> None:
-        token_ids = argmax(self._model.logits(normed, out=self._logits[: len(normed)]))
-        self._results[0, : len(normed)] = token_ids
-        self._inputs.newest[places] = token_ids.int()
+        logits = self._model.logits(normed, out=self._logits[: len(normed)])
+        choose_likeliest(logits, self._results[0, : len(normed)], self._inputs.newest, places)
 
     # Steps in parts
 
@@ -154,6 +152,7 @@ class StepGraphs:
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
         layout = self._inputs.device_layout(size, self.max_num_seqs)
         batch = self._inputs.batch(layout, rows, levels)
+        model.begin_step(batch)
         for index, graph in enumerate(self._parts[size]):
             graph.replay()
             if index < self._num_layers:
@@ -192,7 +191,7 @@ class StepGraphs:
     def _keep(self, hidden: Hidden, layout: Layout[Tensor]) -> None:
         """Put down a step's last hidden states and its dimmed pairs."""
         self._normed[: len(hidden.normed)] = hidden.normed
-        self._results[1].zero_().index_add_(0, layout.sequences, hidden.dimmed_pairs.long())
+        self._results[1].zero_().index_add_(0, layout.sequences, hidden.dimmed_pairs)
 
     # Steps without graphs
 
@@ -202,6 +201,7 @@ class StepGraphs:
         self._inputs.fill(rows, levels, size, self.max_num_seqs)
         layout = self._inputs.device_layout(size, self.max_num_seqs)
         batch = self._inputs.batch(layout, rows, levels)
+        model.begin_step(batch)
         hidden, queries = model.begin(batch, kv)
         for index in range(self._num_layers):
             attended = model.attend(index, queries[:num_rows], batch, kv)

@@ -22,7 +22,7 @@ DECODE_PROMPT_TOKENS = 128
 DECODE_TOKENS = 65
 PREFILLS = ((16, 512), (64, 256), (64, 1024), (32, 2048))  # sequences, tokens each
 MAX_MODEL_LEN = 4096
-PREFILL_STEP_TOKENS = 8192
+PREFILL_STEP_TOKENS = 16384
 
 Lengths = list[tuple[int, int]]  # prompt tokens, output tokens
 

@@ -17,8 +17,8 @@ class DecodeBackend(Protocol):
     name: str
     graphable: bool  # reads lengths from the device only, so that a CUDA graph can hold it
 
-    def begin_step(self) -> None:
-        """Called before the first layer's ``decode``: what one layer works out the others of the step may keep."""
+    def begin_step(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
+        """Prepares what the layers of a step with decode rows share."""
         return
 
     def decode(
@@ -46,9 +46,10 @@ class Attention:
     decode_backend: DecodeBackend
     prefill_backend: PrefillBackend
 
-    def begin_step(self) -> None:
-        """Before the first layer of a step."""
-        self.decode_backend.begin_step()
+    def begin_step(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
+        """Called before anything else of a step."""
+        if metadata.num_decodes:
+            self.decode_backend.begin_step(metadata, num_kv_heads)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
         """[T, num_heads, head_dim] -> [T, num_heads, head_dim]"""

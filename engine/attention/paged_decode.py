@@ -25,6 +25,7 @@ MIN_DOT_ROWS = 16
 WANTED_PROGRAMS_PER_CORE = 4
 MAX_EVEN_PARTS = 8
 SPARE_PARTS = 32  # for contexts longer than others; or, if more, a quarter as many as sequences
+JOIN_PARTS = 8  # read side by side when joined
 SEARCH_STEPS = 16  # contexts of up to 2 ** 16 tiles
 PART_COLUMNS = 4  # of a plan: sequence, first token, end, parts of the sequence (0: nothing to do)
 
@@ -44,19 +45,18 @@ class PagedDecodeAttention(DecodeBackend):
 
     def __init__(self, device: torch.device) -> None:
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
-        self._plan: DecodePlan | None = None
+        self._plan: DecodePlan
+        self._num_warps: int
 
-    def begin_step(self) -> None:
-        """The next call of ``decode`` is the first of a step."""
-        self._plan = None
+    def begin_step(self, metadata: AttentionMetadata, num_kv_heads: int) -> None:
+        num_sequences = metadata.num_decodes
+        even = even_parts(num_sequences, num_kv_heads, self._num_cores)
+        num_parts = max_parts(num_sequences, even)
+        self._plan = plan(metadata.context_lens_dev[:num_sequences], num_kv_heads, num_parts)
+        self._num_warps = 4 if even > 1 else 1
 
     def decode(self, queries: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
-        num_sequences, num_kv_heads = len(queries), keys.shape[2]
-        first = self._plan is None
-        even = even_parts(num_sequences, num_kv_heads, self._num_cores)
-        if self._plan is None:
-            self._plan = plan(metadata.context_lens_dev[:num_sequences], num_kv_heads, max_parts(num_sequences, even))
-        return paged_decode(queries, keys, values, metadata.block_table, self._plan, 4 if even > 1 else 1, first)
+        return paged_decode(queries, keys, values, metadata.block_table, self._plan, self._num_warps)
 
 
 def even_parts(num_sequences: int, num_kv_heads: int, num_cores: int) -> int:
@@ -77,21 +77,23 @@ def plan(context_lens: Tensor, num_kv_heads: int, num_parts: int) -> DecodePlan:
     num_sequences, device = len(context_lens), context_lens.device
     parts = torch.empty(num_parts, PART_COLUMNS, dtype=torch.int32, device=device)
     first_parts = torch.empty_like(context_lens)
-    arrived = torch.zeros(num_sequences, num_kv_heads, dtype=torch.int32, device=device)
+    arrived = torch.empty(num_sequences, num_kv_heads, dtype=torch.int32, device=device)
     _plan_kernel[(1,)](
-        context_lens, parts, first_parts, num_sequences, num_parts,
-        TILE=TILE_TOKENS, STEPS=SEARCH_STEPS, COLUMNS=PART_COLUMNS, BLOCK_N=triton.next_power_of_2(num_sequences),
-        BLOCK_P=triton.next_power_of_2(num_parts), num_warps=4, **launch_options(device),
+        context_lens, parts, first_parts, arrived, num_sequences, num_parts,
+        KV_HEADS=num_kv_heads, TILE=TILE_TOKENS, STEPS=SEARCH_STEPS, COLUMNS=PART_COLUMNS,
+        BLOCK_N=triton.next_power_of_2(num_sequences), BLOCK_P=triton.next_power_of_2(num_parts),
+        BLOCK_K=triton.next_power_of_2(num_kv_heads), num_warps=4, **launch_options(device),
     )  # fmt: skip
     return DecodePlan(parts, first_parts, arrived)
 
 
 def paged_decode(
-    queries: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, plan: DecodePlan, num_warps: int, first: bool
+    queries: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, plan: DecodePlan, num_warps: int
 ) -> Tensor:
     """[N, H, head_dim] queries over [num_blocks, block_size, K, head_dim] pages -> [N, H, head_dim].
 
-    ``block_table`` [>= N, >= blocks of the longest context] int32. ``first``: the plan was launched just before.
+    ``block_table`` [>= N, >= blocks of the longest context] int32. Not to be launched right behind the plan, which the
+    kernel reads before its wait, when only older kernels are sure to have ended.
     """
     num_sequences, num_heads, head_dim = queries.shape
     block_size, num_kv_heads = keys.shape[1:3]
@@ -99,25 +101,25 @@ def paged_decode(
     out = queries.new_empty(num_sequences, num_heads, head_dim)
     wide = queries.new_empty(num_parts, num_heads, head_dim, dtype=torch.float32)
     log_sums = queries.new_empty(num_parts, num_heads, dtype=torch.float32)
-    # The plan is read before the wait, when only older kernels are sure to have ended: behind it, no early start.
-    options = {"DEPENDENT": False} if first else launch_options(queries.device)
     # Heads first: parts that do not exist then come last and leave no gaps among the cores.
     _paged_decode_kernel[(num_kv_heads, num_parts)](
         queries, keys, values, block_table, plan.parts, plan.first_parts, plan.arrived, out, wide, log_sums,
         queries.stride(0), block_table.stride(0), num_kv_heads, head_dim**-0.5,
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=TILE_TOKENS, COLUMNS=PART_COLUMNS, num_warps=num_warps, num_stages=3, **options,
+        TILE=TILE_TOKENS, COLUMNS=PART_COLUMNS, JOIN_ROWS=triton.next_power_of_2(group), JOIN_PARTS=JOIN_PARTS,
+        num_warps=num_warps, num_stages=3, **launch_options(queries.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _plan_kernel(
-    context_lens_ptr, parts_ptr, first_parts_ptr, num_sequences, num_parts,
-    TILE: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    context_lens_ptr, parts_ptr, first_parts_ptr, arrived_ptr, num_sequences, num_parts,
+    KV_HEADS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
     sequences = tl.arange(0, BLOCK_N)
     inside = sequences < num_sequences
     context_lens = tl.load(context_lens_ptr + sequences, mask=inside, other=0)
@@ -132,6 +134,8 @@ def _plan_kernel(
     ends = tl.cumsum(counts, axis=0)
     firsts = ends - counts
     tl.store(first_parts_ptr + sequences, firsts, mask=inside)
+    heads = tl.arange(0, BLOCK_K)[None, :]
+    tl.store(arrived_ptr + sequences[:, None] * KV_HEADS + heads, 0, mask=inside[:, None] & (heads < KV_HEADS))
     parts = tl.arange(0, BLOCK_P)
     unused = (parts >= tl.sum(counts, axis=0)) & (parts < num_parts)
     tl.store(parts_ptr + parts * COLUMNS + 3, 0, mask=unused)
@@ -150,7 +154,7 @@ def _paged_decode_kernel(
     queries_ptr, keys_ptr, values_ptr, table_ptr, parts_ptr, first_parts_ptr, arrived_ptr, out_ptr, wide_ptr,
     log_sums_ptr, query_stride, table_stride, num_kv_heads, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+    COLUMNS: tl.constexpr, JOIN_ROWS: tl.constexpr, JOIN_PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head, part = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(parts_ptr + part * COLUMNS)
@@ -201,22 +205,36 @@ def _paged_decode_kernel(
     tl.debug_barrier()  # all threads' stores lie before the count, which publishes them
     arrived_at = arrived_ptr + sequence * num_kv_heads + kv_head
     if tl.atomic_add(arrived_at, 1, sem="acq_rel") == num_parts - 1:
+        heads = kv_head * GROUP + tl.arange(0, JOIN_ROWS)
         first_part = tl.load(first_parts_ptr + sequence)
-        best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
-        for index in range(num_parts):
-            other = first_part + index
-            log_sum = tl.load(
-                log_sums_ptr + other * num_heads + head, mask=rows < GROUP, other=0.0, cache_modifier=".cg"
-            )
-            wide_at = wide_ptr + other.to(tl.int64) * num_heads * HEAD_DIM + in_heads
-            wide = tl.load(wide_at, mask=of_group, other=0.0, cache_modifier=".cg")
-            new_best = tl.maximum(best, log_sum)
-            shrink = tl.exp(best - new_best)
-            share = tl.exp(log_sum - new_best)
-            total = total * shrink + share
-            out = out * shrink[:, None] + wide * share[:, None]
-            best = new_best
-        tl.store(out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=of_group)
+        joined = join(wide_ptr, log_sums_ptr, first_part, num_parts, num_heads, heads, GROUP, JOIN_PARTS, HEAD_DIM)
+        joined_at = out_ptr + (sequence.to(tl.int64) * num_heads + heads)[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(joined_at, joined.to(out_ptr.dtype.element_ty), mask=(tl.arange(0, JOIN_ROWS) < GROUP)[:, None])
         tl.store(arrived_at, 0)
+
+
+@triton.jit
+def join(
+    wide_ptr, log_sums_ptr, first_part, num_parts, num_heads, heads,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The attention of ``heads``, of which the first GROUP exist, over all parts of a sequence, PARTS at a time."""
+    columns = tl.arange(0, HEAD_DIM)
+    is_head = tl.arange(0, heads.shape[0]) < GROUP
+    best = tl.full([heads.shape[0]], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([heads.shape[0]], dtype=tl.float32)
+    out = tl.zeros([heads.shape[0], HEAD_DIM], dtype=tl.float32)
+    for start in range(0, num_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        at = (first_part + parts)[:, None] * num_heads + heads[None, :]  # [PARTS, heads]
+        inside = (parts < num_parts)[:, None] & is_head[None, :]
+        log_sums = tl.load(log_sums_ptr + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        wide_at = wide_ptr + at.to(tl.int64)[:, :, None] * HEAD_DIM + columns[None, None, :]
+        wide = tl.load(wide_at, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, tl.max(log_sums, axis=0))
+        shrink = tl.exp(best - new_best)
+        shares = tl.exp(log_sums - new_best[None, :])
+        total = total * shrink + tl.sum(shares, axis=0)
+        out = out * shrink[:, None] + tl.sum(wide * shares[:, :, None], axis=0)
+        best = new_best
+    return out / total[:, None]

@@ -11,9 +11,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.batch import ForwardBatch
 from engine.kv_cache.storage import KvStorage
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.norm import RmsNorm
+from engine.layers.rotary import RotaryEmbedding
+
+
+def embed(
+    batch: ForwardBatch, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of engine.layers.embedding.embed."""
+    num_tokens, hidden_size, head_dim = len(batch.token_ids), embedding.shape[1], rotary.cos.shape[1]
+    x = embedding.new_empty(num_tokens, hidden_size)
+    cos, sin = (rotary.cos.new_empty(num_tokens, head_dim) for _ in range(2))
+    _embed_kernel[(num_tokens,)](
+        batch.token_ids, batch.positions, embedding, rotary.cos, rotary.sin, x, cos, sin, dimmed_pairs,
+        D=hidden_size, BLOCK_D=triton.next_power_of_2(hidden_size),
+        HEAD_DIM=head_dim, BLOCK_H=triton.next_power_of_2(head_dim), **launch_options(x.device),
+    )  # fmt: skip
+    return x, cos, sin
+
+
+@triton.jit
+def _embed_kernel(
+    token_ids_ptr, positions_ptr, embedding_ptr, all_cos_ptr, all_sin_ptr, x_ptr, cos_ptr, sin_ptr, dimmed_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    in_head = tl.arange(0, BLOCK_H)
+    wait_for_inputs(DEPENDENT)
+    let_next_start(DEPENDENT)
+    token = tl.load(token_ids_ptr + row).to(tl.int64)
+    angle_at = tl.load(positions_ptr + row).to(tl.int64) * HEAD_DIM + in_head
+    x = tl.load(embedding_ptr + token * D + columns, mask=columns < D)
+    tl.store(x_ptr + row * D + columns, x, mask=columns < D)
+    tl.store(
+        cos_ptr + row * HEAD_DIM + in_head,
+        tl.load(all_cos_ptr + angle_at, mask=in_head < HEAD_DIM),
+        mask=in_head < HEAD_DIM,
+    )
+    tl.store(
+        sin_ptr + row * HEAD_DIM + in_head,
+        tl.load(all_sin_ptr + angle_at, mask=in_head < HEAD_DIM),
+        mask=in_head < HEAD_DIM,
+    )
+    tl.store(dimmed_ptr + row, tl.zeros([], dtype=tl.int64))
 
 
 class FusedRmsNorm(RmsNorm):
@@ -34,31 +78,35 @@ class FusedRmsNorm(RmsNorm):
     def _launch(self, x: Tensor, delta: Tensor, num_addends: int, total: Tensor, normed: Tensor) -> None:
         num_tokens, hidden = x.shape
         _add_rms_norm_kernel[(num_tokens,)](
-            x, delta, self.weight, total, normed, num_tokens, hidden, self.eps,
-            NUM_ADDENDS=num_addends, BLOCK_D=triton.next_power_of_2(hidden), num_warps=8, **launch_options(x.device),
+            x, delta, self.weight, total, normed, num_tokens, self.eps, NUM_ADDENDS=num_addends,
+            D=hidden, BLOCK_D=triton.next_power_of_2(hidden), num_warps=16 if num_tokens <= MAX_LATENCY_TOKENS else 8,
+            **launch_options(x.device),
         )  # fmt: skip
 
 
-@triton.jit
+MAX_LATENCY_TOKENS = 512  # up to here one row's latency decides, beyond the bytes of all
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _add_rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, total_ptr, normed_ptr, num_tokens, hidden, eps,
-    NUM_ADDENDS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_ptr, delta_ptr, weight_ptr, total_ptr, normed_ptr, num_tokens, eps,
+    NUM_ADDENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
-    inside = columns < hidden
+    inside = columns < D
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
-    total = tl.load(x_ptr + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
     for addend in tl.static_range(NUM_ADDENDS):
-        at = (addend * num_tokens + row) * hidden
+        at = (addend * num_tokens + row) * D
         total += tl.load(delta_ptr + at + columns, mask=inside, other=0.0).to(tl.float32)
     if NUM_ADDENDS > 0:
         total = total.to(total_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(total_ptr + row * hidden + columns, total.to(total_ptr.dtype.element_ty), mask=inside)
-    scale = tl.rsqrt(tl.sum(total * total) / hidden + eps)
-    tl.store(normed_ptr + row * hidden + columns, (total * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+        tl.store(total_ptr + row * D + columns, total.to(total_ptr.dtype.element_ty), mask=inside)
+    scale = tl.rsqrt(tl.sum(total * total) / D + eps)
+    tl.store(normed_ptr + row * D + columns, (total * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 def rotate_and_store(
@@ -139,21 +187,22 @@ def _silu_and_mul_gated_kernel(
     tl.store(out_ptr + row * size + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """Index [T] int64 of each row's largest logit [T, V], the lowest among equals."""
+def choose_likeliest(logits: Tensor, chosen: Tensor, newest: Tensor, places: Tensor) -> None:
+    """chosen[t] = newest[places[t]] = index of the largest of logits[t], the lowest among equals.
+
+    ``logits`` [T, V], ``chosen`` [T] int64, ``newest`` [> all places] int32, ``places`` [T].
+    """
     num_tokens, vocab_size = logits.shape
     num_parts = triton.cdiv(vocab_size, ARGMAX_BLOCK)
     best = torch.empty(num_tokens, num_parts, dtype=torch.float32, device=logits.device)
     index = torch.empty(num_tokens, num_parts, dtype=torch.int64, device=logits.device)
-    chosen = torch.empty(num_tokens, dtype=torch.int64, device=logits.device)
     options = launch_options(logits.device)
     _argmax_part_kernel[(num_tokens, num_parts)](
         logits, best, index, vocab_size, BLOCK=ARGMAX_BLOCK, num_warps=8, **options
     )
     _argmax_kernel[(num_tokens,)](
-        best, index, chosen, num_parts, BLOCK=triton.next_power_of_2(num_parts), num_warps=1, **options
+        best, index, chosen, newest, places, num_parts, BLOCK=triton.next_power_of_2(num_parts), num_warps=1, **options
     )
-    return chosen
 
 
 ARGMAX_BLOCK = 8192
@@ -175,11 +224,15 @@ def _argmax_part_kernel(
 
 
 @triton.jit
-def _argmax_kernel(best_ptr, index_ptr, chosen_ptr, num_parts, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _argmax_kernel(
+    best_ptr, index_ptr, chosen_ptr, newest_ptr, places_ptr, num_parts,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
     row = tl.program_id(0)
     parts = tl.arange(0, BLOCK)
     values = tl.load(best_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
-    part = tl.argmax(values, axis=0)
-    tl.store(chosen_ptr + row, tl.load(index_ptr + row * num_parts + part))
+    index = tl.load(index_ptr + row * num_parts + tl.argmax(values, axis=0))
+    tl.store(chosen_ptr + row, index)
+    tl.store(newest_ptr + tl.load(places_ptr + row), index.to(tl.int32))

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
+from engine.layers.launch import launch_options, let_next_start, prefetch, wait_for_inputs
 from engine.layers.linear import Linear
 
 MAX_ROWS = 64
 MIN_ROWS = 16  # the matrix unit's
 DEPTH_BYTES = 256  # of a row of weights per step of the inner loop
-NUM_SPLITS = 4
+PREFETCHED_BYTES = 512  # of each row of weights, read before the inputs are there; more would delay what runs then
 SHARED_BYTES = 100 * 1024  # of one program; two of them fit an H100's core, one an A100's
 
 
@@ -44,9 +44,14 @@ class SplitLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > MAX_ROWS:
             return F.linear(x, self.weight, self.bias)
-        out = x.new_empty(NUM_SPLITS, len(x), len(self.weight), dtype=torch.float32)
+        out = x.new_empty(num_splits(len(x)), len(x), len(self.weight), dtype=torch.float32)
         launch_linear(x, self.weight, out, bias=self.bias)
         return out
+
+
+def num_splits(num_rows: int) -> int:
+    """S of the products whose parts a norm adds up: the more rows, the more its reading weighs."""
+    return 4 if num_rows <= 32 else 2
 
 
 def launch_linear(
@@ -59,26 +64,29 @@ def launch_linear(
     T is at most MAX_ROWS.
     """
     num_rows, num_inputs = x.shape
-    num_splits, _, num_columns = out.shape
+    splits, _, num_columns = out.shape
     depth = DEPTH_BYTES // x.element_size()
     rows = max(MIN_ROWS, triton.next_power_of_2(num_rows))
-    columns = tile_columns(num_columns, num_splits, x.device)
+    columns = tile_columns(num_columns, splits, x.device)
     stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH_BYTES
     stages = max(3, min(6, SHARED_BYTES // stage_bytes + 1))
-    split = triton.cdiv(triton.cdiv(num_inputs, depth), num_splits) * depth
-    _linear_kernel[(triton.cdiv(num_columns, columns), num_splits)](
+    split = triton.cdiv(triton.cdiv(num_inputs, depth), splits) * depth
+    even = splits * split == num_inputs
+    # A gated product runs on the other stream, where nothing starts before its inputs are there.
+    prefetched = min(PREFETCHED_BYTES, split * x.element_size()) if even and not gated else 0
+    _linear_kernel[(triton.cdiv(num_columns, columns), splits)](
         x, weight, bias, row_logits, out, num_rows, num_columns,
-        K=num_inputs, SPLIT=split, EVEN=num_splits * split == num_inputs, GATED=gated,
+        K=num_inputs, SPLIT=split, EVEN=even, GATED=gated, PREFETCHED=prefetched,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=stages,
         **launch_options(x.device),
     )  # fmt: skip
 
 
-def tile_columns(num_columns: int, num_splits: int, device: torch.device) -> int:
+def tile_columns(num_columns: int, splits: int, device: torch.device) -> int:
     """Columns per program: as many, up to 64, as leave two cores of three a program."""
     num_cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
     columns = 64
-    while columns > 16 and 3 * triton.cdiv(num_columns, columns) * num_splits < 2 * num_cores:
+    while columns > 16 and 3 * triton.cdiv(num_columns, columns) * splits < 2 * num_cores:
         columns //= 2
     return columns
 
@@ -86,7 +94,7 @@ def tile_columns(num_columns: int, num_splits: int, device: torch.device) -> int
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, row_logits_ptr, out_ptr, num_rows, num_columns,
-    K: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, PREFETCHED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
@@ -95,10 +103,13 @@ def _linear_kernel(
     split = tl.program_id(1)
     depth = split * SPLIT + tl.arange(0, DEPTH)
     x_at = x_ptr + rows[:, None] * K + depth[None, :]
-    weight_at = weight_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64)[None, :] * K + depth[:, None]
+    weight_rows = weight_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64) * K
+    weight_at = weight_rows[None, :] + depth[:, None]
     up_at = weight_at + num_columns.to(tl.int64) * K
     out = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     up = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if PREFETCHED > 0:
+        prefetch(weight_rows + split * SPLIT, PREFETCHED, DEPENDENT)
     wait_for_inputs(DEPENDENT)
     let_next_start(DEPENDENT)
     for start in range(0, SPLIT, DEPTH):

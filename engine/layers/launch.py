@@ -36,3 +36,18 @@ def let_next_start(DEPENDENT: tl.constexpr):
     """Once all programs have called this or ended, the next kernel's take the places that are free or become so."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, num_bytes, DEPENDENT: tl.constexpr):
+    """Before the wait: start reading ``num_bytes``, a multiple of 16, at each of ``pointers`` into L2.
+
+    For weights: while the kernel before this one ends, the card's memory is idle.
+    """
+    if DEPENDENT:
+        addresses = pointers.to(tl.int64)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+            [addresses, tl.zeros_like(addresses).to(tl.int32) + num_bytes],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

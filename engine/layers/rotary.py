@@ -27,12 +27,12 @@ class RotaryEmbedding:
             inverse_frequency = _scale(inverse_frequency, scaling)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse_frequency)
         angles = torch.cat((angles, angles), dim=-1)  # [P, head_dim]
-        self._cos = angles.cos().to(device)
-        self._sin = angles.sin().to(device)
+        self.cos = angles.cos().to(device)  # [P, head_dim] float32
+        self.sin = angles.sin().to(device)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [T, head_dim] float32 of the step's positions [T]; gathered once for all layers."""
-        return self._cos[positions], self._sin[positions]
+        return self.cos[positions], self.sin[positions]
 
 
 def _scale(inverse_frequency: Tensor, scaling: RopeScaling) -> Tensor:  # [head_dim / 2] -> [head_dim / 2]

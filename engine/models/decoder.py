@@ -100,9 +100,10 @@ class Decoder:
         hidden = self.hidden(batch, kv)
         return ForwardOutput(self.logits(hidden.normed[batch.logit_rows]), hidden.dimmed_pairs)
 
-    def hidden(self, batch: ForwardBatch, kv: KvStorage) -> Hidden:
-        """After the last layer and its norm."""
-        hidden, queries = self.begin(batch, kv)
+    def hidden(self, batch: ForwardBatch, kv: KvStorage, dimmed_pairs: Tensor | None = None) -> Hidden:
+        """After the last layer and its norm. Dimmed pairs are counted in ``dimmed_pairs`` [T] int64, if given."""
+        self.begin_step(batch)
+        hidden, queries = self.begin(batch, kv, dimmed_pairs)
         for index in range(len(self.layers)):
             attended = self.attend(index, queries, batch, kv)
             hidden, queries = self.advance(index, hidden, attended, batch, kv)
@@ -110,17 +111,20 @@ class Decoder:
 
     # The parts of a forward pass. A step with prompts in it runs the ones between attentions as CUDA graphs.
 
-    def begin(self, batch: ForwardBatch, kv: KvStorage) -> tuple[Hidden, Tensor]:
+    def begin_step(self, batch: ForwardBatch) -> None:
+        """What the layers' attention shares; goes before ``begin``."""
+        self._attention.begin_step(batch.attention, self._spec.num_kv_heads)
+
+    def begin(self, batch: ForwardBatch, kv: KvStorage, dimmed_pairs: Tensor | None = None) -> tuple[Hidden, Tensor]:
         """Embeds the tokens; returns the first layer's queries [T, num_heads, head_dim], its KV being stored."""
-        x = self._embedding[batch.token_ids]
-        cos, sin = self._rotary.tables(batch.positions)
-        hidden = Hidden(x, self.layers[0].input_norm(x), cos, sin, torch.zeros_like(batch.positions))
+        if dimmed_pairs is None:
+            dimmed_pairs = torch.empty_like(batch.positions, dtype=torch.int64)
+        x, cos, sin = self._kernels.embed(batch, self._embedding, self._rotary, dimmed_pairs)
+        hidden = Hidden(x, self.layers[0].input_norm(x), cos, sin, dimmed_pairs)
         return hidden, self._queries(0, hidden, batch, kv)
 
     def attend(self, index: int, queries: Tensor, batch: ForwardBatch, kv: KvStorage) -> Tensor:
-        """[T, num_heads, head_dim] -> [T, num_heads, head_dim]; layers in order, the first one begins the step."""
-        if index == 0:
-            self._attention.begin_step()
+        """[T, num_heads, head_dim] -> [T, num_heads, head_dim]"""
         return self._attention.forward(queries, kv.keys[index], kv.values[index], batch.attention)
 
     def advance(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
+from engine.layers.embedding import embed
 from engine.layers.linear import Linear
 from engine.layers.norm import HeadNorm, RmsNorm
 from engine.layers.rotary import rotate_and_store
@@ -29,11 +30,12 @@ class Kernels:
     linear: Callable[[Tensor, Tensor | None], Linear]
     output_linear: Callable[[Tensor, Tensor | None], Linear]
     moe_layer: Callable[..., MoeLayer]
+    embed: Callable[..., tuple[Tensor, Tensor, Tensor]]
     rotate_and_store: Callable[..., Tensor]
     head_norm: Callable[..., HeadNorm]
 
 
-TORCH = Kernels("torch", RmsNorm, Linear, Linear, MoeLayer, rotate_and_store, HeadNorm)
+TORCH = Kernels("torch", RmsNorm, Linear, Linear, MoeLayer, embed, rotate_and_store, HeadNorm)
 
 
 def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
@@ -58,5 +60,6 @@ def create_kernels(name: str, spec: ModelSpec, device: torch.device) -> Kernels:
         tiles = tile_table(card, spec.num_experts, spec.hidden_size, spec.expert_size)
         moe_layer = partial(FusedMoeLayer, tiles=tiles, side=torch.cuda.Stream(device))
     return Kernels(
-        "triton", fused.FusedRmsNorm, FusedLinear, SplitLinear, moe_layer, fused.rotate_and_store, FusedHeadNorm
-    )
+        "triton", fused.FusedRmsNorm, FusedLinear, SplitLinear, moe_layer, fused.embed, fused.rotate_and_store,
+        FusedHeadNorm,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from engine.moe.align import Alignment, align
 from engine.moe.fused import ExpertSizes, launch_down, launch_gate_up
 from engine.moe.tiles import MoeTiles, Tile, TileTable, tuned_path
 
-TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192, 16384)
 DECODE_TOKENS = 512  # up to here the weights' bytes decide, beyond the arithmetic
 TOLERANCE = 1.005
 DIMMED_WAY = 8

@@ -93,7 +93,7 @@ def test_align_sorts_stably_and_covers_each_pair_once(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bulk_copy", [False, True])
-@pytest.mark.parametrize("tile_rows", [16, 32])
+@pytest.mark.parametrize("tile_rows", [16, 32, 64])
 @pytest.mark.parametrize(("num_tokens", "hidden", "size"), [(1, 64, 32), (19, 64, 48), (70, 96, 32)])
 def test_experts_equal_the_plain_computation(
     kernel_device: torch.device, dtype: torch.dtype, bulk_copy: bool, tile_rows: int,
@@ -118,7 +118,7 @@ def test_experts_equal_the_plain_computation(
     weights[ids == num_packed] = 0
     tiles = MoeTiles(tile_rows, Tile(32, 32, 4, 2, bulk_copy), Tile(64, 32, 4, 2, bulk_copy))
     out = torch.full((3, num_tokens, hidden), float("nan"), dtype=dtype, device=kernel_device)
-    run_experts(x, Routing(ids, weights), experts, tiles, out)
+    run_experts(x, Routing(ids, weights), align(ids, len(experts.gate_up), tiles.rows), experts, tiles, out)
     wide = PackedExperts(experts.gate_up.double(), experts.down.double(), num_originals=6)
     expected = wide(x.double(), Routing(ids.long(), weights.double()))
     error = (out.double().sum(0) - expected).norm() / expected.norm()
@@ -138,6 +138,7 @@ def test_a_half_full_tile_changes_no_bit(gpu: torch.device) -> None:
     for num_first in (rows // 2, rows):
         ids = (torch.arange(rows, device=gpu) >= num_first).int()[:, None]
         out = torch.full((1, rows, 256), float("nan"), dtype=torch.bfloat16, device=gpu)
-        run_experts(x, Routing(ids, torch.ones(rows, 1, device=gpu)), experts, MoeTiles(rows, tile, tile), out)
+        routing = Routing(ids, torch.ones(rows, 1, device=gpu))
+        run_experts(x, routing, align(ids, len(experts.gate_up), rows), experts, MoeTiles(rows, tile, tile), out)
         outs.append(out[0, : rows // 2])
     assert torch.equal(*outs)

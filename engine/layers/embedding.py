@@ -1,0 +1,16 @@
+"""What a step begins with: its tokens' embeddings and its positions' rotation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.layers.rotary import RotaryEmbedding
+
+
+def embed(
+    batch: ForwardBatch, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of ``embedding`` [V, D] -> [T, D], and cos and sin [T, head_dim]; zeroes ``dimmed_pairs`` [T]."""
+    dimmed_pairs.zero_()
+    return embedding[batch.token_ids], *rotary.tables(batch.positions)
