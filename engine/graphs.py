@@ -27,9 +27,7 @@ from engine.types import Levels
 
 logger = logging.getLogger(__name__)
 
-DECODE_SIZES = (
-    1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
-)  # fmt: skip
+DECODE_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 513, 32))
 ROW_SIZES = (
     *range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)
 )  # fmt: skip

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.batch import ForwardBatch
 from engine.layers.rotary import RotaryEmbedding
 
 
 def embed(
-    batch: ForwardBatch, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
+    token_ids: Tensor, positions: Tensor, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of ``embedding`` [V, D] -> [T, D], and cos and sin [T, head_dim]; zeroes ``dimmed_pairs`` [T]."""
+    """Rows of ``embedding`` [V, D] -> [T, D], and cos and sin [T, head_dim] float32; zeroes ``dimmed_pairs`` [T]."""
     dimmed_pairs.zero_()
-    return embedding[batch.token_ids], *rotary.tables(batch.positions)
+    return embedding[token_ids], *rotary.tables(positions)

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.batch import ForwardBatch
 from engine.kv_cache.storage import KvStorage
 from engine.layers.launch import launch_options, let_next_start, wait_for_inputs
 from engine.layers.norm import RmsNorm
@@ -19,14 +18,14 @@ from engine.layers.rotary import RotaryEmbedding
 
 
 def embed(
-    batch: ForwardBatch, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
+    token_ids: Tensor, positions: Tensor, embedding: Tensor, rotary: RotaryEmbedding, dimmed_pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of engine.layers.embedding.embed."""
-    num_tokens, hidden_size, head_dim = len(batch.token_ids), embedding.shape[1], rotary.cos.shape[1]
+    num_tokens, hidden_size, head_dim = len(token_ids), embedding.shape[1], rotary.cos.shape[1]
     x = embedding.new_empty(num_tokens, hidden_size)
     cos, sin = (rotary.cos.new_empty(num_tokens, head_dim) for _ in range(2))
     _embed_kernel[(num_tokens,)](
-        batch.token_ids, batch.positions, embedding, rotary.cos, rotary.sin, x, cos, sin, dimmed_pairs,
+        token_ids, positions, embedding, rotary.cos, rotary.sin, x, cos, sin, dimmed_pairs,
         D=hidden_size, BLOCK_D=triton.next_power_of_2(hidden_size),
         HEAD_DIM=head_dim, BLOCK_H=triton.next_power_of_2(head_dim), **launch_options(x.device),
     )  # fmt: skip

@@ -18,9 +18,8 @@ from torch import Tensor
 from engine.layers.launch import launch_options, let_next_start, prefetch, wait_for_inputs
 from engine.layers.linear import Linear
 
-MAX_ROWS = 64
+MAX_ROWS = 128
 MIN_ROWS = 16  # the matrix unit's
-DEPTH_BYTES = 256  # of a row of weights per step of the inner loop
 PREFETCHED_BYTES = 512  # of each row of weights, read before the inputs are there; more would delay what runs then
 SHARED_BYTES = 100 * 1024  # of one program; two of them fit an H100's core, one an A100's
 
@@ -65,10 +64,11 @@ def launch_linear(
     """
     num_rows, num_inputs = x.shape
     splits, _, num_columns = out.shape
-    depth = DEPTH_BYTES // x.element_size()
     rows = max(MIN_ROWS, triton.next_power_of_2(num_rows))
+    warps, depth_bytes = (4, 256) if rows <= 64 else (8, 128)  # of a row of weights per step of the inner loop
+    depth = depth_bytes // x.element_size()
     columns = tile_columns(num_columns, splits, x.device)
-    stage_bytes = (rows + (2 if gated else 1) * columns) * DEPTH_BYTES
+    stage_bytes = (rows + (2 if gated else 1) * columns) * depth_bytes
     stages = max(3, min(6, SHARED_BYTES // stage_bytes + 1))
     split = triton.cdiv(triton.cdiv(num_inputs, depth), splits) * depth
     even = splits * split == num_inputs
@@ -77,7 +77,7 @@ def launch_linear(
     _linear_kernel[(triton.cdiv(num_columns, columns), splits)](
         x, weight, bias, row_logits, out, num_rows, num_columns,
         K=num_inputs, SPLIT=split, EVEN=even, GATED=gated, PREFETCHED=prefetched,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=stages,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=stages,
         **launch_options(x.device),
     )  # fmt: skip
 

@@ -119,7 +119,7 @@ class Decoder:
         """Embeds the tokens; returns the first layer's queries [T, num_heads, head_dim], its KV being stored."""
         if dimmed_pairs is None:
             dimmed_pairs = torch.empty_like(batch.positions, dtype=torch.int64)
-        x, cos, sin = self._kernels.embed(batch, self._embedding, self._rotary, dimmed_pairs)
+        x, cos, sin = self._kernels.embed(batch.token_ids, batch.positions, self._embedding, self._rotary, dimmed_pairs)
         hidden = Hidden(x, self.layers[0].input_norm(x), cos, sin, dimmed_pairs)
         return hidden, self._queries(0, hidden, batch, kv)
 

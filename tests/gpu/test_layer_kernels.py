@@ -9,7 +9,7 @@ from engine.attention.paged_decode import TILE_TOKENS, paged_decode, plan
 from engine.attention.sdpa import SdpaAttention
 from engine.batch import AttentionMetadata
 from engine.kv_cache.storage import KvStorage
-from engine.layers import fused, rotary
+from engine.layers import embedding, fused, rotary
 from engine.layers.fused_heads import FusedHeadNorm
 from engine.layers.fused_linear import FusedLinear, SplitLinear, launch_linear
 from engine.layers.linear import Linear, silu_and_mul
@@ -32,6 +32,20 @@ def tiny_spec(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelSpec:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_embedding_and_rotation_of_a_step(kernel_device: torch.device, index: torch.dtype) -> None:
+    table = draw(40, 96, device=kernel_device, dtype=torch.bfloat16)
+    angles = rotary.RotaryEmbedding(24, 64, 1e4, kernel_device)
+    token_ids, positions = torch.tensor([[7, 0, 39, 7], [0, 63, 5, 1]], dtype=index, device=kernel_device)
+    for twin in (embedding, fused):
+        dimmed_pairs = torch.full((4,), 3, device=kernel_device)
+        x, cos, sin = twin.embed(token_ids, positions, table, angles, dimmed_pairs)
+        assert torch.equal(x, table[token_ids.long()])
+        assert torch.equal(cos, angles.cos[positions.long()])
+        assert torch.equal(sin, angles.sin[positions.long()])
+        assert not dimmed_pairs.any()
+
+
 def test_norm_with_residual_and_a_stack_of_addends(kernel_device: torch.device) -> None:
     x, stack = draw(5, 96, device=kernel_device), draw(3, 5, 96, device=kernel_device, seed=1)
     weight = draw(96, device=kernel_device, seed=2)
@@ -46,8 +60,9 @@ def test_rotation_writes_the_cache_and_returns_queries(kernel_device: torch.devi
     pools = [KvStorage(spec, 6, 4, torch.float32, kernel_device) for _ in range(2)]
     qkv = draw(5, spec.q_size + 2 * spec.kv_size, device=kernel_device)
     slots = torch.tensor([7, 23, 4, 11, 12], device=kernel_device)
-    embedding = rotary.RotaryEmbedding(32, 512, 1e4, kernel_device)
-    cos, sin = embedding.tables(torch.tensor([0, 5, 511, 3, 77], device=kernel_device))
+    cos, sin = rotary.RotaryEmbedding(32, 512, 1e4, kernel_device).tables(
+        torch.tensor([0, 5, 511, 3, 77], device=kernel_device)
+    )
     queries = [
         twin.rotate_and_store(qkv.clone(), cos, sin, spec.num_heads, slots, kv, 1)
         for twin, kv in zip((rotary, fused), pools, strict=True)
@@ -78,7 +93,7 @@ def test_gated_activation(kernel_device: torch.device) -> None:
     torch.testing.assert_close(fused.silu_and_mul_gated(gate_up, share_logits), expected)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 64])
+@pytest.mark.parametrize("num_rows", [1, 5, 64, 100])
 @pytest.mark.parametrize(("size", "depth"), [(40, 96), (300, 512), (24, 1408)])
 def test_linear_of_few_rows(kernel_device: torch.device, num_rows: int, size: int, depth: int) -> None:
     x, weight = draw(num_rows, depth, device=kernel_device), draw(2 * size, depth, device=kernel_device, seed=1)
