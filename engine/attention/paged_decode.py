@@ -25,7 +25,7 @@ MIN_DOT_ROWS = 16
 WANTED_PROGRAMS_PER_CORE = 4
 MAX_EVEN_PARTS = 8
 SPARE_PARTS = 32  # for contexts longer than others; or, if more, a quarter as many as sequences
-JOIN_PARTS = 8  # read side by side when joined
+JOINED_ROWS = 8  # partial results that are read side by side, parts times heads
 SEARCH_STEPS = 16  # contexts of up to 2 ** 16 tiles
 PART_COLUMNS = 4  # of a plan: sequence, first token, end, parts of the sequence (0: nothing to do)
 
@@ -98,6 +98,7 @@ def paged_decode(
     num_sequences, num_heads, head_dim = queries.shape
     block_size, num_kv_heads = keys.shape[1:3]
     num_parts, group = len(plan.parts), num_heads // num_kv_heads
+    join_heads = triton.next_power_of_2(group)
     out = queries.new_empty(num_sequences, num_heads, head_dim)
     wide = queries.new_empty(num_parts, num_heads, head_dim, dtype=torch.float32)
     log_sums = queries.new_empty(num_parts, num_heads, dtype=torch.float32)
@@ -105,8 +106,8 @@ def paged_decode(
     _paged_decode_kernel[(num_kv_heads, num_parts)](
         queries, keys, values, block_table, plan.parts, plan.first_parts, plan.arrived, out, wide, log_sums,
         queries.stride(0), block_table.stride(0), num_kv_heads, head_dim**-0.5,
-        GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=TILE_TOKENS, COLUMNS=PART_COLUMNS, JOIN_ROWS=triton.next_power_of_2(group), JOIN_PARTS=JOIN_PARTS,
+        GROUP=group, ROWS=max(MIN_DOT_ROWS, join_heads), HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        TILE=TILE_TOKENS, COLUMNS=PART_COLUMNS, JOIN_HEADS=join_heads, JOIN_PARTS=max(1, JOINED_ROWS // join_heads),
         num_warps=num_warps, num_stages=3, **launch_options(queries.device),
     )  # fmt: skip
     return out
@@ -154,7 +155,7 @@ def _paged_decode_kernel(
     queries_ptr, keys_ptr, values_ptr, table_ptr, parts_ptr, first_parts_ptr, arrived_ptr, out_ptr, wide_ptr,
     log_sums_ptr, query_stride, table_stride, num_kv_heads, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, JOIN_ROWS: tl.constexpr, JOIN_PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
+    COLUMNS: tl.constexpr, JOIN_HEADS: tl.constexpr, JOIN_PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head, part = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(parts_ptr + part * COLUMNS)
@@ -205,11 +206,11 @@ def _paged_decode_kernel(
     tl.debug_barrier()  # all threads' stores lie before the count, which publishes them
     arrived_at = arrived_ptr + sequence * num_kv_heads + kv_head
     if tl.atomic_add(arrived_at, 1, sem="acq_rel") == num_parts - 1:
-        heads = kv_head * GROUP + tl.arange(0, JOIN_ROWS)
+        heads = kv_head * GROUP + tl.arange(0, JOIN_HEADS)
         first_part = tl.load(first_parts_ptr + sequence)
         joined = join(wide_ptr, log_sums_ptr, first_part, num_parts, num_heads, heads, GROUP, JOIN_PARTS, HEAD_DIM)
         joined_at = out_ptr + (sequence.to(tl.int64) * num_heads + heads)[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(joined_at, joined.to(out_ptr.dtype.element_ty), mask=(tl.arange(0, JOIN_ROWS) < GROUP)[:, None])
+        tl.store(joined_at, joined.to(out_ptr.dtype.element_ty), mask=(tl.arange(0, JOIN_HEADS) < GROUP)[:, None])
         tl.store(arrived_at, 0)
 
 
