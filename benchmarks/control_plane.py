@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, write_result
 from cluster.local.redis_server import RedisServer
 from engine.agent import TelemetryAgent
 from engine.config import SloConfig
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--restart-replicas", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "control_plane.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "control_plane.json")
     args = parser.parse_args()
     figures = asyncio.run(measure(args))
     setup = {key: value for key, value in vars(args).items() if key != "out"}

@@ -36,7 +36,7 @@ from benchmarks.loadgen.closed_loop import ClosedLoop, run_closed_loop
 from benchmarks.loadgen.open_loop import run_open_loop
 from benchmarks.loadgen.record import Clock, RequestRecord
 from benchmarks.report import nearest_rank
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, write_result
 from benchmarks.tiny import MODEL, tiny_serve_file
 from benchmarks.workloads.arrivals import RatePhase, draw_times
 from benchmarks.workloads.lengths import LengthRange
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12, help="of both parts, with admission")
     parser.add_argument("--without-rounds", type=int, default=2, help="the same without admission")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "isolation.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "isolation.json")
     arguments = parser.parse_args()
     plan = Plan(arguments.calm_req_s, arguments.measure_s, arguments.rounds, arguments.seed)
     figures = run(plan, arguments.without_rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,14 @@ from typing import Any
 from benchmarks import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def result_file(text: str) -> Path:
+    """A command's ``--out`` that names a file: found wanting before the measurement, not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
+    return path
 
 
 def write_result(path: Path, figures: dict[str, Any]) -> None:

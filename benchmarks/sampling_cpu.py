@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, write_result
 from engine.sampling.choose import sample
 from engine.sampling.state import SamplingState
 from engine.types import SamplingParams
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="sequences of a step (default: 16)")
     parser.add_argument("--repeats", type=int, default=15, help="steps timed for each option (default: 15)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "sampling_cpu.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "sampling_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logits = {name: make_logits(args.rows, name == "flat", args.seed) for name in ("zipf", "flat")}

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.results import RESULTS, markdown_table, update_result
+from benchmarks.results import RESULTS, markdown_table, result_file, update_result
 from benchmarks.simulator.runs import means, measure_capacity, run_once
 from benchmarks.simulator.scenario import load_scenario
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help=f"default: {LOADS}")
     parser.add_argument("--duration", type=float, default=60.0, help="simulated seconds of each run")
     parser.add_argument("--seeds", type=int, default=5, help="draws of the arrivals for the two policies (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "serving.json")
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
     capacity_req_s = measure_capacity(load_scenario(SCENARIO))

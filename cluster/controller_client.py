@@ -97,9 +97,11 @@ class ControllerClient:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the controller raised, not Ray's account of it
         except ray.exceptions.RayError as error:
+            late = isinstance(error, ray.exceptions.GetTimeoutError)
+            what = f"did not answer within {TIMEOUT_S:g} s: it hangs or" if late else "cannot be reached: it died or"
             raise ClusterError(
-                f"the controller of {self._app_name!r} did not answer within {TIMEOUT_S:g} s: it hangs or is being "
-                "restarted; replicas go on with their last setting"
+                f"the controller of {self._app_name!r} {what} is being restarted; "
+                "replicas go on with their last setting"
             ) from error
 
 

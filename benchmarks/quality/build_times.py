@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, write_result
 from engine.calibrate.calibrate import CalibrateOptions, Calibration
 from engine.config import ModelConfig
 from engine.moe.dimming import dimming_digest
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--exempt", type=int, default=2, help="layers at each end; default: %(default)s")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "build_times.json", help="default: %(default)s")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "build_times.json", help="default: %(default)s")
     options = parser.parse_args()
     started_s = time.perf_counter()
     model = ModelConfig(str(options.model), load_format="random", seed=options.seed)

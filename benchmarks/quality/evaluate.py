@@ -43,7 +43,7 @@ from benchmarks.quality.questions import accuracy
 from benchmarks.quality.scorers import EngineScorer, ServerScorer
 from benchmarks.quality.scoring import Request, Scorer, TokenScore
 from benchmarks.quality.tasks import TASKS, load_task
-from benchmarks.results import RESULTS, markdown_table, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, write_result
 from benchmarks.training import corpus
 from engine.config import BrownoutConfig, CacheConfig, ConfigError, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
@@ -230,7 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048, help="default: %(default)s")
     parser.add_argument("--settle-s", type=float, default=2.0, help="wait after all replicas follow a pinned level")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "evaluation.json", help="default: %(default)s")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "evaluation.json", help="default: %(default)s")
     return parser.parse_args()
 
 

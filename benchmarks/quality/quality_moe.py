@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.quality import measure
 from benchmarks.quality.claims import judge
-from benchmarks.results import RESULTS, write_result
+from benchmarks.results import RESULTS, result_file, write_result
 from benchmarks.training import corpus, specialisation
 from benchmarks.training.expert_compute import fastest_that_runs
 from benchmarks.training.smollm2 import read_parent, redraw_neurons_, upcycle
@@ -255,7 +255,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and eval/")
     parser.add_argument("--train-text", default="gutenberg_train_160mb.txt.xz", help="in text/; default: %(default)s")
     parser.add_argument("--work", type=Path, required=True, help="where weights and intermediate results stay")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json", help="result file; default: %(default)s")
+    parser.add_argument(
+        "--out", type=result_file, default=RESULTS / "quality.json", help="result file; default: %(default)s"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--minutes", type=float, default=1e6, help="stop in time; the same command goes on")
     parser.add_argument("--train-minutes", type=float, default=15.0, help="of all runs; default: %(default)s")

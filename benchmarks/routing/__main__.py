@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.results import RESULTS, markdown_table, update_result
+from benchmarks.results import RESULTS, markdown_table, result_file, update_result
 from benchmarks.routing.herding import measure_herding
 from benchmarks.routing.picks import measure_picks
 from cluster.local.redis_server import RedisServer
@@ -26,7 +26,7 @@ def main() -> int:
         prog="python -m benchmarks.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, RedisServer(Path(directory)) as redis:
         picks = asyncio.run(measure_picks(redis))

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.results import RESULTS, markdown_table, update_result, write_result
+from benchmarks.results import RESULTS, markdown_table, result_file, update_result, write_result
 from benchmarks.scenario import Scenario, load_scenario
 from benchmarks.serving.direct import running
 from benchmarks.serving.measure import Plan, measure
@@ -67,7 +67,9 @@ def main() -> int:
     parser.add_argument("--path", choices=PATHS, default="channel", help="channel: what is shipped")
     parser.add_argument("--measure-s", type=float, default=20.0, help="seconds of each measurement")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="default: serving.json, with --scenario cpu_serving.json, in results/")
+    parser.add_argument(
+        "--out", type=result_file, help="default: serving.json, with --scenario cpu_serving.json, in results/"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         scenario = load_scenario(arguments.scenario) if arguments.scenario else None

@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from benchmarks.results import RESULTS, update_result
+from benchmarks.results import RESULTS, result_file, update_result
 from benchmarks.soak.run import run
 
 
@@ -26,7 +25,7 @@ def main() -> int:
     )
     parser.add_argument("--duration-s", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
     figures = run(arguments.duration_s, arguments.seed)
     update_result(arguments.out, {"soak": figures})
