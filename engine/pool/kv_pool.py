@@ -15,6 +15,7 @@ from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.sampling.choose import sample
 from engine.sampling.state import SamplingState
+from engine.scheduler.scheduler import MAX_PROMPT_LOGITS
 from engine.types import Levels, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -102,20 +103,21 @@ def run_largest_step(
 
 
 def _largest_batch(config: EngineConfig, spec: ModelSpec, device: torch.device) -> ForwardBatch:
-    """Logits are wanted of every row, as for log-probabilities of a prompt. All rows lie in one scratch block."""
+    """Logits are wanted of as many rows as a step may have, for log-probabilities of prompts. One scratch block."""
     max_model_len = min(config.model.max_model_len or spec.max_position, spec.max_position)
     max_tokens, block_size = config.scheduler.max_num_batched_tokens, config.cache.block_size
     num_sequences = -(-max_tokens // max_model_len)
     counts = np.full(num_sequences, max_model_len)
     counts[-1] = max_tokens - max_model_len * (num_sequences - 1)
     flags = np.ones(num_sequences, dtype=bool)
+    max_logits = MAX_PROMPT_LOGITS + config.scheduler.max_num_seqs
     rows = StepRows(
         num_decodes=0,
         places=np.arange(num_sequences),
         starts=max_model_len - counts,
         counts=counts,
         samples=flags,
-        num_logits=counts,
+        num_logits=np.clip(max_logits - (np.cumsum(counts) - counts), 1, counts),
         exact=~flags,
         tables=np.ones((num_sequences, -(-max_model_len // block_size)), dtype=np.int32),
         token_ids=np.arange(max_tokens) % spec.vocab_size,

@@ -7,6 +7,9 @@ A step takes, in this order, until the token budget is spent:
 3. waiting sequences, by priority, then oldest first, while there is a place in the batch and blocks for all their
    tokens.
 
+Prompts whose own log-probabilities are wanted share another budget besides: a row of logits takes several times the
+memory of a token's other activations.
+
 With ``deadline_s`` those that can no longer have their first token in time wait behind those that can; with
 ``shed_after_s`` a request that would wait too long is refused on arrival.
 
@@ -31,6 +34,7 @@ from engine.scheduler.sequence import Sequence
 from engine.types import Levels, Phase
 
 MAX_PASSED_OVER = 10  # deadlines that a relegated request may wait
+MAX_PROMPT_LOGITS = 2048  # rows in one step of prompts whose own log-probabilities are wanted
 
 
 class ScheduledSequence(NamedTuple):
@@ -128,7 +132,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> ScheduledBatch:
         """Choose the next step's work and reserve its blocks; `launch` says that the step was begun."""
-        budget = self.token_budget
+        budget, logit_rows = self.token_budget, MAX_PROMPT_LOGITS
         num_running = len(self.running)
         self._order_queue(now_s)
         decodes: Chosen = {}
@@ -137,6 +141,9 @@ class Scheduler:
         for sequence, decoding in self._unfinished():
             num_tokens = 1 if decoding else sequence.num_uncomputed
             num_tokens = num_tokens if num_tokens < budget else budget
+            if not decoding and sequence.wants_prompt_logits:
+                num_tokens = min(num_tokens, logit_rows)
+                logit_rows -= num_tokens
             if num_tokens == 0 or sequence.place < 0:  # preempted by an older one
                 continue
             end = sequence.num_computed + num_tokens
@@ -157,7 +164,7 @@ class Scheduler:
         num_preempted = len(preempted)
         num_tokens_waiting = self.waiting.num_tokens
         if not num_preempted:
-            self._admit(prefills, budget, now_s)
+            self._admit(prefills, budget, logit_rows, now_s)
         batch = ScheduledBatch(tuple(decodes.values()), tuple(prefills.values()), num_preempted)
         num_admitted_tokens = num_tokens_waiting - self.waiting.num_tokens
         self.pace.note_step(
@@ -229,9 +236,11 @@ class Scheduler:
         self._free_places.append(sequence.place)
         sequence.place, sequence.admission, sequence.num_reserved = -1, 0, 0
 
-    def _admit(self, chosen: Chosen, budget: int, now_s: float) -> None:
+    def _admit(self, chosen: Chosen, budget: int, logit_rows: int, now_s: float) -> None:
         while self.waiting and budget > 0 and self.num_free_slots > 0:
             sequence = self.waiting.peek()
+            if sequence.wants_prompt_logits and logit_rows == 0:
+                break
             salt = sequence.request.cache_salt
             num_cached = self.blocks.start(sequence.request_id, sequence.reusable_ids, sequence.exact, salt)
             if not has_room(sequence, num_cached, self.blocks):
@@ -244,6 +253,9 @@ class Scheduler:
                 sequence.admitted_s = now_s
                 sequence.num_cached = num_cached
             num_tokens = min(sequence.num_uncomputed, budget)
+            if sequence.wants_prompt_logits:
+                num_tokens = min(num_tokens, logit_rows)
+                logit_rows -= num_tokens
             self.blocks.reserve(sequence.request_id, num_cached + num_tokens)
             self._note_reserved(sequence, num_cached + num_tokens)
             self.running.append(sequence)

@@ -83,9 +83,14 @@ class Sequence:
         return self.num_prompt < num_known < self.max_len and num_known - self.num_computed == 1
 
     @property
+    def wants_prompt_logits(self) -> bool:
+        """Of every token of its prompt, for their log-probabilities."""
+        return self.request.sampling.prompt_logprobs is not None
+
+    @property
     def reusable_ids(self) -> list[int]:
         """Tokens whose KV may come from the prefix cache; log-probabilities of a prompt need all of it computed."""
-        return self.token_ids if self.request.sampling.prompt_logprobs is None else self.token_ids[:1]
+        return self.token_ids[:1] if self.wants_prompt_logits else self.token_ids
 
     def usage(self) -> Usage:
         brownout = BrownoutUsage(

@@ -59,8 +59,9 @@ class Harness:
         max_tokens: int = 1,
         service_class: ServiceClass = ServiceClass.STANDARD,
         arrival_s: float | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Sequence:
-        sampling = SamplingParams(max_tokens=max_tokens)
+        sampling = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
         request = GenerationRequest(request_id, tuple(prompt), sampling, service_class)
         sequence = Sequence(request, self.now_s if arrival_s is None else arrival_s)
         self.scheduler.add(sequence)
@@ -228,6 +229,17 @@ def test_decodes_come_first_and_prompts_share_what_is_left() -> None:
         [("old", 1), ("long", 2), ("short", 3)],
     ]
     assert harness.finished == ["long", "short"]
+
+
+def test_prompts_whose_logits_are_wanted_share_a_budget_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduler.scheduler.MAX_PROMPT_LOGITS", 6)
+    harness = Harness()
+    harness.add("plain", range(4))
+    for name in ("first", "second"):
+        harness.add(name, range(8), prompt_logprobs=0)
+    taken = [[(i.sequence.request_id, i.num_tokens) for i in harness.step()] for _ in range(3)]
+    assert taken == [[("plain", 4), ("first", 6)], [("first", 2), ("second", 4)], [("second", 4)]]
+    assert harness.finished == ["plain", "first", "second"]
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
